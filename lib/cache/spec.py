@@ -1,0 +1,121 @@
+"""What a cache of teacher outputs holds, and which negatives its rows carry.
+
+Shapes: N rows (sequences) of L tokens, P = L - 1 positions that predict a next token, K top
+candidates, R negatives, n temperatures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import numpy as np
+
+from lib.base.errors import CorruptError, ParamsError
+from lib.base.files import fingerprint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Identity of one split's cache; two caches with equal specs are interchangeable.
+
+    Raises:
+        ParamsError: the vocabulary is too small for ``top_k`` or ``negatives``.
+    """
+
+    teacher: str
+    """Fingerprint of the teacher's folder."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that made the tokens."""
+    tokens: str
+    """Fingerprint of the token set, one split of ``data/tokens``."""
+    split: str
+    """``train`` or ``val``."""
+    vocab_size: int
+    """Width of the teacher's logits (at least the tokenizer's vocabulary)."""
+    max_length: int
+    """L, tokens per row, right-padded."""
+    top_k: int
+    """K, most likely next tokens kept per position."""
+    negatives: int
+    """R, random tokens kept per row, shared by its positions."""
+    temperatures: tuple[float, ...]
+    """Temperatures T at which logsumexp(logprob / T) over the vocabulary is kept."""
+    seed: int
+    """Seed of the negatives."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.vocab_size:
+            raise ParamsError(
+                f"cache.top_k = {self.top_k} does not fit the teacher's vocabulary of "
+                f"{self.vocab_size}; use 1 to {self.vocab_size}"
+            )
+        room = self.vocab_size - self.top_k
+        if not 0 <= self.negatives <= room:
+            raise ParamsError(
+                f"cache.negatives = {self.negatives} does not fit beside top_k = {self.top_k} in "
+                f"the teacher's vocabulary of {self.vocab_size}; use 0 to {room}"
+            )
+        if self.max_length < 2:
+            raise ParamsError(f"tokens.max_length = {self.max_length}; a row needs at least 2")
+
+    @property
+    def positions(self) -> int:
+        """P, positions per row that predict a next token."""
+        return self.max_length - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of every field."""
+        return fingerprint(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, read back by :meth:`from_json`."""
+        return {**dataclasses.asdict(self), "temperatures": list(self.temperatures)}
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> CacheSpec:
+        """The spec written by :meth:`to_json`.
+
+        Raises:
+            CorruptError: ``values`` is not such a spec; ``where`` names its file.
+        """
+        try:
+            return cls(**{**values, "temperatures": tuple(values["temperatures"])})
+        except (TypeError, KeyError, ParamsError):
+            raise CorruptError(
+                f"{where} does not describe a teacher cache; rerun the cache stage"
+            ) from None
+
+    def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape per row of every column, in file order."""
+        p = self.positions
+        i32, f16, f32 = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
+        return {
+            "input_ids": (i32, (self.max_length,)),
+            "length": (i32, ()),
+            "topk_ids": (i32, (p, self.top_k)),
+            "topk_logprobs": (f16, (p, self.top_k)),
+            "negative_ids": (i32, (self.negatives,)),
+            "negative_logprobs": (f16, (p, self.negatives)),
+            "logsumexp": (f32, (p,)),
+            "scaled_logsumexp": (f32, (p, len(self.temperatures))),
+        }
+
+    def bytes_per_token(self) -> float:
+        """Bytes of one row's columns, divided by L."""
+        row = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
+        return row / self.max_length
+
+
+def draw_negatives(spec: CacheSpec, row: int) -> np.ndarray:
+    """The R negative token ids (int32 ``[R]``) of one row, in random order.
+
+    Uniform over the vocabulary, without replacement, a function of (seed, split, row) alone:
+    neither batch nor shard layout matters. A negative may be in the top k of a position;
+    ``lib.cache.shards.negative_mask`` excludes it there.
+    """
+    generator = np.random.default_rng([spec.seed, zlib.crc32(spec.split.encode()), row])
+    drawn = generator.choice(spec.vocab_size, size=spec.negatives, replace=False)
+    return drawn.astype(np.int32)

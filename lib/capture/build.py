@@ -1,0 +1,316 @@
+"""Running the teacher over token rows and writing what it says into cache shards.
+
+Shapes: B rows of a batch, L tokens, P = L - 1 predicting positions, D hidden, V vocabulary,
+K top candidates, R negatives, n temperatures, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lib.base.errors import CorruptError, InputError, LutqatError, MismatchError, NonFiniteError
+from lib.base.files import atomic_folder
+from lib.base.progress import track
+from lib.cache.shards import (
+    CacheReader,
+    ShardEntry,
+    check_shard,
+    read_index,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from lib.cache.spec import CacheSpec, draw_negatives
+from lib.text.sequences import TokenSet
+
+CHUNK_BYTES = 32 * 2**20  # of float32 logits that exist at a time
+_PROBE_TOKENS = 8
+_PROBE_TOLERANCE = 1e-2  # of the largest logit: what bfloat16 loses (2^-8), plus a little
+_HALF_MIN = torch.finfo(torch.float16).min
+
+
+def build_cache(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    spec: CacheSpec,
+    out: Path,
+    scratch: Path,
+    *,
+    batch_size: int,
+    shard_sequences: int,
+    device: torch.device,
+) -> None:
+    """Write the teacher's cache of one token set to the folder ``out``, replacing it whole.
+
+    Finished shards stay in ``scratch`` until its owner deletes it: a build killed at any moment
+    goes on at the first unfinished shard and ends with the same bytes, since the rows of a shard
+    are forwarded in the same batches whatever happened before. (``out`` gets links to them, not
+    a second copy, where the file system can.)
+
+    Args:
+        scratch: belongs to this spec, ``batch_size`` and split alone.
+
+    Raises:
+        InputError: no token rows, or a model whose logits are not ``head @ hidden``.
+        MismatchError: tokens, spec and model do not belong together.
+        NonFiniteError: the teacher's logits are NaN or infinite; names the row.
+    """
+    check_inputs(model, tokens, spec)
+    scratch.mkdir(parents=True, exist_ok=True)
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    with torch.inference_mode():
+        check_head(model, tokens)
+        _fill(model, tokens, spec, scratch, batch_size, shard_sequences)
+    _publish(scratch, out)
+
+
+def check_inputs(model: PreTrainedModel, tokens: TokenSet, spec: CacheSpec) -> None:
+    """Check that model, tokens and spec belong together.
+
+    Raises:
+        InputError, MismatchError: see :func:`build_cache`.
+    """
+    for key, found in (
+        ("split", tokens.meta["split"]),
+        ("tokens", tokens.meta["fingerprint"]),
+        ("tokenizer", tokens.meta["tokenizer"]),
+    ):
+        if found != getattr(spec, key):
+            raise MismatchError(
+                f"the {tokens.meta['split']} tokens have {key} {found}, the cache is to have "
+                f"{getattr(spec, key)}; rerun the tokens stage with this teacher"
+            )
+    ids = tokens.input_ids
+    if not len(ids):
+        raise InputError(f"the {spec.split} split has no token rows; give the tokens stage text")
+    width = _head_weight(model).shape[0]
+    if spec.vocab_size != width:
+        raise MismatchError(f"the teacher has {width} logits, the cache asks {spec.vocab_size}")
+    if int(ids.max()) >= width or int(ids.min()) < 0:
+        raise MismatchError(
+            f"the {spec.split} tokens go from {ids.min()} to {ids.max()}, the teacher's "
+            f"vocabulary has {width}; rerun the tokens stage with this teacher's tokenizer"
+        )
+    if ids.shape[1] != spec.max_length:
+        raise MismatchError(
+            f"the {spec.split} tokens have {ids.shape[1]} per row, the cache asks {spec.max_length}"
+        )
+    lengths = tokens.lengths
+    if int(lengths.min()) < 1 or int(lengths.max()) > spec.max_length:
+        raise CorruptError(
+            f"the {spec.split} tokens have rows of {lengths.min()} to {lengths.max()} tokens; "
+            f"1 to {spec.max_length} are possible: rerun the tokens stage"
+        )
+
+
+def _head_weight(model: PreTrainedModel) -> Tensor:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output head; use a causal language model")
+    return head.weight
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    # No attention mask: padding is on the right, where causal attention never looks.
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def check_head(model: PreTrainedModel, tokens: TokenSet) -> None:
+    """Check, on a few tokens, that the model's logits are ``head @ hidden`` and nothing more.
+
+    Cache and training compute them so; a family that scales, caps or shifts its logits
+    afterwards (Gemma 2, Cohere, Granite) would be distilled from wrong numbers.
+
+    Raises:
+        InputError: they are something else.
+    """
+    row = np.asarray(tokens.input_ids[0, : min(_PROBE_TOKENS, int(tokens.lengths[0]))])
+    ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    found = (_hidden(model, ids) @ _head_weight(model).T).float()
+    if not torch.isfinite(expected).all():
+        return  # reported with its row by the build
+    if (found - expected).abs().max() > _PROBE_TOLERANCE * expected.abs().max():
+        raise InputError(
+            f"{type(model).__name__} transforms its logits after the head (scaling, capping or a "
+            "bias), which is not supported; choose a teacher with a plain linear head"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    shard: int
+    first: int
+    stop: int
+    ends_shard: bool
+
+
+def _plan(rows: int, first_shard: int, shard_sequences: int, batch_size: int) -> Iterator[_Batch]:
+    """Batches of the shards from ``first_shard`` on; none crosses a shard."""
+    for start in range(first_shard * shard_sequences, rows, shard_sequences):
+        end = min(start + shard_sequences, rows)
+        for first in range(start, end, batch_size):
+            stop = min(first + batch_size, end)
+            yield _Batch(start // shard_sequences, first, stop, stop == end)
+
+
+def _fill(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    spec: CacheSpec,
+    folder: Path,
+    batch_size: int,
+    shard_sequences: int,
+) -> None:
+    """Complete the shards in ``folder``; its index grows with every one."""
+    rows = len(tokens.input_ids)
+    entries = _finished(folder, spec, rows, shard_sequences)
+    batches = list(_plan(rows, len(entries), shard_sequences, batch_size))
+    parts: list[dict[str, np.ndarray]] = []
+    for batch in track(batches, len(batches), f"cache {spec.split}"):
+        parts.append(capture_rows(model, tokens, spec, batch.first, batch.stop))
+        if not batch.ends_shard:
+            continue
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        first = batch.shard * shard_sequences
+        entries.append(write_shard(folder, batch.shard, spec, first, columns))
+        write_index(folder, spec, rows, entries)
+        parts = []
+
+
+def _finished(folder: Path, spec: CacheSpec, rows: int, shard_sequences: int) -> list[ShardEntry]:
+    """The intact shards that an earlier, killed build left, up to the first that is not."""
+    try:
+        index = read_index(folder)
+    except LutqatError:
+        return []
+    if index.spec != spec or index.rows != rows:
+        return []
+    entries = []
+    for number, entry in enumerate(index.shards):
+        first = number * shard_sequences
+        planned = (shard_name(number), first, min(shard_sequences, rows - first))
+        if (entry.file, entry.first, entry.rows) != planned:
+            break
+        try:
+            check_shard(folder, spec, entry)
+        except LutqatError:
+            break
+        entries.append(entry)
+    return entries
+
+
+def capture_rows(
+    model: PreTrainedModel, tokens: TokenSet, spec: CacheSpec, first: int, stop: int
+) -> dict[str, np.ndarray]:
+    """One forward pass over rows ``first`` to ``stop``; an array for each of ``spec.columns()``.
+
+    Raises:
+        NonFiniteError: a logit is NaN or infinite.
+    """
+    ids = np.array(tokens.input_ids[first:stop], dtype=np.int32)
+    lengths = np.array(tokens.lengths[first:stop], dtype=np.int32)
+    drawn = np.stack([draw_negatives(spec, row) for row in range(first, stop)])
+    device = model.device
+    hidden = _hidden(model, torch.from_numpy(ids).long().to(device))[:, :-1]
+    negatives = torch.from_numpy(drawn).long().to(device)
+    negatives = negatives[:, None].expand(-1, spec.positions, -1).flatten(0, 1)
+    flat = hidden.flatten(0, 1)  # [B * P, D]
+    weight = _head_weight(model)
+    size = max(1, CHUNK_BYTES // (4 * spec.vocab_size))
+    parts = []
+    for start in range(0, len(flat), size):
+        logits = flat[start : start + size] @ weight.T
+        part = _read_logits(logits.float(), negatives[start : start + size], spec)
+        _check_finite(part.pop("finite"), start, first, spec)
+        parts.append({name: value.cpu().numpy() for name, value in part.items()})
+    columns = {
+        name: np.concatenate([part[name] for part in parts]).reshape(
+            stop - first, *spec.columns()[name][1]
+        )
+        for name in parts[0]
+    }
+    return {"input_ids": ids, "length": lengths, "negative_ids": drawn, **columns}
+
+
+def _read_logits(logits: Tensor, negatives: Tensor, spec: CacheSpec) -> dict[str, Tensor]:
+    """What is kept of a chunk: ``logits [C, V]`` float32, ``negatives [C, R]`` ids."""
+    logsumexp = logits.logsumexp(dim=1)
+    top = logits.topk(spec.top_k, dim=1)
+    scaled = [
+        torch.zeros_like(logsumexp)
+        if temperature == 1
+        else (logits / temperature).logsumexp(dim=1) - logsumexp / temperature
+        for temperature in spec.temperatures
+    ]
+
+    def logprobs(values: Tensor) -> Tensor:
+        return (values - logsumexp[:, None]).clamp(min=_HALF_MIN).half()
+
+    return {
+        "topk_ids": top.indices.int(),
+        "topk_logprobs": logprobs(top.values),
+        "negative_logprobs": logprobs(logits.gather(1, negatives)),
+        "logsumexp": logsumexp,
+        "scaled_logsumexp": torch.stack(scaled, dim=1)
+        if scaled
+        else logsumexp.new_empty(len(logits), 0),
+        # the smallest catches NaN and -inf, the log-sum-exp NaN and +inf
+        "finite": logits.amin(dim=1).isfinite() & logsumexp.isfinite(),
+    }
+
+
+def _check_finite(finite: Tensor, start: int, first: int, spec: CacheSpec) -> None:
+    if not finite.all():
+        place = start + int((~finite).nonzero()[0])
+        row, position = first + place // spec.positions, place % spec.positions
+        raise NonFiniteError(
+            f"the teacher's logits at row {row}, position {position} of the {spec.split} tokens "
+            "are NaN or infinite; check the teacher's weights, then rerun (finished shards are "
+            "kept)"
+        )
+
+
+def _publish(scratch: Path, out: Path) -> None:
+    """Make ``out`` hold the finished cache of ``scratch``."""
+    index = read_index(scratch)
+    with atomic_folder(out) as folder:
+        for entry in index.shards:
+            try:
+                os.link(scratch / entry.file, folder / entry.file)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(scratch / entry.file, folder / entry.file)
+        write_index(folder, index.spec, index.rows, index.shards)
+
+
+def cache_statistics(folder: Path) -> dict[str, Any]:
+    """Figures of a finished cache: sequences, predicted tokens, size and kept probability.
+
+    ``topk_mass`` is the mean, over positions that predict a real token, of the probability that
+    the teacher gives its top k.
+    """
+    reader = CacheReader(folder)
+    tokens, mass = 0, 0.0
+    for start in range(0, len(reader), 64):
+        raw = reader.gather(np.arange(start, min(start + 64, len(reader))))
+        mask = np.arange(1, reader.spec.max_length) < raw["length"][:, None]
+        kept = np.exp(raw["topk_logprobs"].astype(np.float64)).sum(axis=2)
+        tokens += int(mask.sum())
+        mass += float(kept[mask].sum())
+    return {
+        "sequences": len(reader),
+        "tokens": tokens,
+        "bytes_per_token": round(reader.spec.bytes_per_token(), 1),
+        "topk_mass": round(mass / max(tokens, 1), 6),
+    }

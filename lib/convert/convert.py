@@ -1,0 +1,163 @@
+"""From one quantization to one with fewer levels and a higher rank (Q4 -> Q2).
+
+A layer that already has as few levels as asked keeps its indices, LUT and S; only the form of S
+changes and its rank grows by ranks of magnitude zero. Any other is quantized anew: its weight
+becomes what the layer computes with now, and indices and scales are fitted to it, weighted by
+how much each input is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lib.base.errors import InputError, ParamsError
+from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, Scale
+from lib.model.surgery import is_mlp, quantized_layers, replace_layers
+from lib.quant.codebook import fit_kmeans
+from lib.quant.scales import to_directional, unit_columns, unit_rows
+from lib.quant.spec import LinearSpec, ModelSpec, ScaleForm
+from lib.quant.ste import lookup
+
+REFERENCE_MAGNITUDE = 0.01  # what the reference implementation gives to added ranks
+
+
+def _target(name: str, spec: ModelSpec) -> LinearSpec:
+    target = spec.mlp if is_mlp(name) else spec.attention
+    assert target is not None
+    return target
+
+
+def _unit_directions(rows: int, columns: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Seeded random unit columns ``[rows, count]`` and unit rows ``[count, columns]``."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rows, count, generator=generator)
+    b = torch.randn(count, columns, generator=generator)
+    return unit_columns(a), unit_rows(b)
+
+
+def _grown_factors(
+    layer: LutLinear, rank: int, magnitude: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A_dir, B_dir, g) of the layer's S with ranks of ``magnitude`` added up to ``rank``."""
+    with torch.no_grad():
+        a, b = layer.factors()
+        a_dir, b_dir, g = to_directional(a, b)
+        extra = rank - g.numel()
+        if extra > 0:
+            more_a, more_b = _unit_directions(layer.out_features, layer.in_features, extra, seed)
+            a_dir = torch.cat([a_dir, more_a.to(a_dir)], dim=1)
+            b_dir = torch.cat([b_dir, more_b.to(b_dir)], dim=0)
+            g = torch.cat([g, g.new_full((extra,), magnitude)])
+    return a_dir, b_dir, g
+
+
+def _scale_of(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Scale:
+    if form is ScaleForm.DIRECTIONAL:
+        return DirectionalScale(a_dir, b_dir, g)
+    root = g.clamp_min(0).sqrt()
+    return LowRankScale(a_dir * root, b_dir * root[:, None])
+
+
+def keep_levels(layer: LutLinear, target: LinearSpec, seed: int) -> LutLinear:
+    """The same W_q in another form of S and with a rank of at least the target's."""
+    rank = max(target.rank, layer.spec.rank)
+    spec = replace(layer.spec, rank=rank, scale=target.scale)
+    scale = _scale_of(target.scale, *_grown_factors(layer, rank, 0.0, seed))
+    return LutLinear(
+        spec, scale, layer.lut.detach(), layer.indices, _master(layer), _bias(layer)
+    )
+
+
+def _master(layer: LutLinear) -> Tensor:
+    assert layer.weight is not None
+    return layer.weight.detach()
+
+
+def _bias(layer: LutLinear) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def fewer_levels(
+    layer: LutLinear, target: LinearSpec, name: str, importance: Tensor
+) -> LutLinear:
+    """The layer's present weight quantized anew with the target's levels and rank."""
+    with torch.no_grad():
+        return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, importance)
+
+
+def _check(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
+    layers = quantized_layers(model)
+    if not layers:
+        raise InputError("the checkpoint has no quantized layer to convert; train one first")
+    for name, layer in layers.items():
+        target = _target(name, spec)
+        target.check_shape(layer.out_features, layer.in_features, name)
+        if target.rank < layer.spec.rank and target.lut_size >= layer.spec.lut_size:
+            key = "convert.rank" if is_mlp(name) else "convert.attention_rank"
+            raise ParamsError(
+                f"{key} {target.rank} is below the rank {layer.spec.rank} that {name} has; a "
+                f"conversion does not drop ranks: use at least {layer.spec.rank}"
+            )
+    return dict(layers.items())
+
+
+def convert_model(
+    model: PreTrainedModel, spec: ModelSpec, importance: dict[str, Tensor]
+) -> dict[str, int]:
+    """Convert every quantized layer in place.
+
+    Args:
+        importance: E[x^2] per layer of the model as it is now.
+
+    Returns:
+        ``{"converted": layers with fewer levels now, "kept": layers with the same levels}``.
+
+    Raises:
+        InputError: nothing to convert. ParamsError: a rank does not fit or would shrink.
+    """
+    layers = _check(model, spec)
+    counts = {"converted": 0, "kept": 0}
+
+    def make(name: str, module: nn.Module) -> nn.Module:
+        assert isinstance(module, LutLinear)
+        target = _target(name, spec)
+        if module.spec.lut_size <= target.lut_size:
+            counts["kept"] += 1
+            return keep_levels(module, target, spec.seed)
+        counts["converted"] += 1
+        return fewer_levels(module, target, name, importance[name])
+
+    replace_layers(model, layers, make, "converting layers")
+    return counts
+
+
+def convert_by_reference_rule(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """The reference implementation's conversion, in place, for comparison only.
+
+    The new LUT is k-means on the old LUT's values alone; each index goes to the nearest new
+    level; S is kept and random directions of magnitude 0.01 fill the added ranks.
+    """
+
+    def make(name: str, module: nn.Module) -> nn.Module:
+        assert isinstance(module, LutLinear)
+        target = _target(name, spec)
+        rank = max(target.rank, module.spec.rank)
+        factors = _grown_factors(module, rank, REFERENCE_MAGNITUDE, spec.seed)
+        old = module.levels().detach()
+        lut, indices = old, module.indices
+        if target.lut_size < module.spec.lut_size:
+            lut = fit_kmeans(old, target.lut_size)
+            nearest = (old[:, None] - lut[None, :]).abs().argmin(dim=1).to(torch.uint8)
+            indices = lookup(nearest.float(), indices).to(torch.uint8)
+        new = replace(
+            module.spec, lut_size=lut.numel(), rank=rank, scale=ScaleForm.DIRECTIONAL
+        )
+        return LutLinear(
+            new, DirectionalScale(*factors), lut, indices, _master(module), _bias(module)
+        )
+
+    replace_layers(model, _check(model, spec), make, "reference rule for comparison")

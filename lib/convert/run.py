@@ -1,0 +1,87 @@
+"""The conversion from folder to folder, with what it cost in held-out loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lib.base.device import resolve_device, set_threads
+from lib.base.errors import MismatchError
+from lib.base.files import write_json
+from lib.cache.shards import CacheReader
+from lib.convert.convert import convert_by_reference_rule, convert_model
+from lib.model.calibrate import input_importance
+from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.surgery import quantized_layers
+from lib.objective.distillation import held_out_kd, make_objective
+from lib.params.data import Run
+from lib.params.specs import target_spec
+from lib.params.training import Convert, Distill
+
+
+def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
+    model, info = load_checkpoint(checkpoint)
+    layers = list(quantized_layers(model).values())
+    if any(layer.weight is None for layer in layers):
+        raise MismatchError(
+            f"{checkpoint} is snapped; convert the checkpoint that it was snapped from"
+        )
+    return model, info, all(layer.spec.ste_fp16 for layer in layers)
+
+
+def convert_stage(
+    checkpoint: Path,
+    cache: Path,
+    out: Path,
+    *,
+    params: Convert,
+    distill: Distill,
+    run: Run,
+    declared: str,
+) -> dict[str, Any]:
+    """Convert ``checkpoint`` and write ``out/model`` and ``out/metrics.json``; returns metrics.
+
+    The held-out KD loss is measured before, after, and after what the reference
+    implementation's rule makes of the same checkpoint.
+
+    Raises:
+        MismatchError: the cache is another teacher's, or the checkpoint is snapped.
+        InputError, ParamsError: see :func:`lib.convert.convert.convert_model`.
+    """
+    set_threads(run.threads)
+    device = resolve_device(run.device)
+    model, info, ste_fp16 = _load(checkpoint)
+    expect = {"teacher": info.get("teacher"), "vocab_size": model.config.vocab_size}
+    train, val = CacheReader(cache / "train", expect), CacheReader(cache / "val", expect)
+    objective = make_objective(val, temperature=distill.temperature, target=distill.target)
+    spec = target_spec(params, ste_fp16)
+
+    def measure(candidate: PreTrainedModel) -> float:
+        return held_out_kd(candidate, objective, val, params.eval_sequences, device)
+
+    rival, _, _ = _load(checkpoint)
+    convert_by_reference_rule(rival.to(device), spec)
+    reference = measure(rival)
+    del rival
+    before = measure(model.to(device))
+    importance = input_importance(model, *train.sequences(params.calibration_sequences))
+    counts = convert_model(model, spec, importance)
+    metrics = {
+        "kd_before": before,
+        "kd_after": measure(model),
+        "kd_reference_rule": reference,
+        **counts,
+    }
+    info = {
+        "stage": "convert",
+        "teacher": info.get("teacher"),
+        "parent": read_config(checkpoint)["fingerprint"],
+        "cache": train.fingerprint,
+        "params": declared,
+        "result": metrics,
+    }
+    save_checkpoint(model.cpu(), out / "model", tokenizer_from=checkpoint, info=info)
+    write_json(out / "metrics.json", {"convert": metrics})
+    return metrics

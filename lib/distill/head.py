@@ -1,0 +1,89 @@
+"""Logits where a loss needs them, straight from hidden states, never the whole [P, V].
+
+Shapes: hidden H ``[P, D]``, head E ``[V, D]`` (frozen), candidate ids ``[P, K]``,
+shared ids ``[B, R]`` for P = B * T positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # positions at a time; bounds a chunk's memory to CHUNK * V floats
+
+
+class _CandidateLogits(torch.autograd.Function):
+    """``einsum('pd,pkd->pk', H, E[ids])`` that keeps the ids, not the gathered rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(head, ids)
+        parts = [
+            torch.bmm(head[i], h.unsqueeze(2)).squeeze(2)
+            for h, i in zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        head, ids = ctx.saved_tensors
+        parts = [
+            torch.bmm(g.unsqueeze(1), head[i]).squeeze(1)
+            for g, i in zip(grads[0].split(CHUNK), ids.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts), None, None
+
+
+def candidate_logits(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """Logits of each position's own candidates: ``[P, D], [V, D], [P, K] -> [P, K]`` float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _CandidateLogits.apply(hidden.float(), head, ids)  # type: ignore
+
+
+def shared_logits(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """Logits of candidates shared by a sequence: ``[B, T, D], [V, D], [B, R] -> [B, T, R]``."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.bmm(hidden.float(), head[ids].transpose(1, 2))
+
+
+class FullVocabulary(NamedTuple):
+    """What the losses over the whole vocabulary need, each ``[P]``."""
+
+    logsumexp: Tensor  # at temperature 1
+    scaled_logsumexp: Tensor  # of logits / T
+    label_logit: Tensor
+    top1_logit: Tensor
+
+
+def _full_chunk(
+    hidden: Tensor, head: Tensor, labels: Tensor, top1: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = hidden @ head.T
+    return (
+        logits.logsumexp(dim=1),
+        (logits / temperature).logsumexp(dim=1),
+        logits.gather(1, labels[:, None]).squeeze(1),
+        logits.gather(1, top1[:, None]).squeeze(1),
+    )
+
+
+def full_vocabulary(
+    hidden: Tensor, head: Tensor, labels: Tensor, top1: Tensor, temperature: float
+) -> FullVocabulary:
+    """Log-sum-exps and two logits per position, chunk by chunk, recomputed in backward.
+
+    Args:
+        hidden: ``[P, D]``; head: ``[V, D]``; labels, top1: ids ``[P]``.
+    """
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for h, label, best in zip(
+            hidden.float().split(CHUNK), labels.split(CHUNK), top1.split(CHUNK), strict=True
+        ):
+            parts.append(
+                checkpoint(_full_chunk, h, head, label, best, temperature, use_reentrant=False)
+            )
+    return FullVocabulary(*(torch.cat(column) for column in zip(*parts, strict=True)))

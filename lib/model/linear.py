@@ -1,0 +1,249 @@
+"""The quantized linear layer and the roles of its parameters.
+
+    y = x @ W_q.T + bias,   W_q = LUT[idx] * S,   S = A @ B
+
+Shapes: weight (fp32 master) ``[out, in]``, indices uint8 ``[out, in]``, lut ``[n]``,
+A ``[out, r]``, B ``[r, in]``, g ``[r]``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.base.errors import MismatchError
+from lib.quant.codebook import assign, make_codebook, safe_ratio
+from lib.quant.refit import fit_codebook, refit_factors
+from lib.quant.scales import initial_scale, to_directional, unit_columns, unit_rows
+from lib.quant.spec import Codebook, LinearSpec, ScaleForm
+from lib.quant.ste import dequantized_weight, lookup, round_fp16
+
+
+class ParameterRole(StrEnum):
+    """What a parameter is, and so whether and how fast a stage trains it."""
+
+    WEIGHT = "weight"
+    SCALE_DIRECTION = "scale_direction"
+    SCALE_MAGNITUDE = "scale_magnitude"
+    LUT = "lut"
+    ADAPTER = "adapter"
+    FROZEN = "frozen"
+
+
+class LowRankScale(nn.Module):
+    """S = A @ B. The product carries direction and magnitude: both train as directions."""
+
+    form = ScaleForm.LOWRANK
+    roles = {"a": ParameterRole.SCALE_DIRECTION, "b": ParameterRole.SCALE_DIRECTION}
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+
+    def factors(self, ste_fp16: bool) -> tuple[Tensor, Tensor]:
+        """(A ``[out, r]``, B ``[r, in]``), FP16-rounded on request."""
+        return (round_fp16(self.a), round_fp16(self.b)) if ste_fp16 else (self.a, self.b)
+
+
+class DirectionalScale(nn.Module):
+    """S = (A_dir * g) @ B_dir with unit columns and rows, normalized in every forward pass."""
+
+    form = ScaleForm.DIRECTIONAL
+    roles = {
+        "a": ParameterRole.SCALE_DIRECTION,
+        "b": ParameterRole.SCALE_DIRECTION,
+        "g": ParameterRole.SCALE_MAGNITUDE,
+    }
+
+    def __init__(self, a: Tensor, b: Tensor, g: Tensor, *, normalized: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+        self.g = nn.Parameter(g)
+        # A snapped layer holds the FP16 directions themselves: normalizing again would move them.
+        self.normalized = normalized
+
+    def directions(self, ste_fp16: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(A_dir ``[out, r]``, B_dir ``[r, in]``, g ``[r]``), FP16-rounded on request."""
+        a, b = (self.a, self.b) if self.normalized else (unit_columns(self.a), unit_rows(self.b))
+        return (round_fp16(a), round_fp16(b), round_fp16(self.g)) if ste_fp16 else (a, b, self.g)
+
+    def factors(self, ste_fp16: bool) -> tuple[Tensor, Tensor]:
+        """(A_dir * g ``[out, r]``, B_dir ``[r, in]``)."""
+        a, b, g = self.directions(ste_fp16)
+        return a * g, b
+
+
+Scale = LowRankScale | DirectionalScale
+
+
+class LutLinear(nn.Module):
+    """A linear layer whose weight is LUT indices times low-rank scales.
+
+    While the weight trains (``weight.requires_grad``), indices are searched anew in every
+    forward pass; otherwise the stored ones hold. A layer without master weight
+    (``weight is None``) is snapped: it can only be used.
+    """
+
+    weight: nn.Parameter | None
+    indices: Tensor
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        scale: Scale,
+        lut: Tensor,
+        indices: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scale = scale
+        self.lut = nn.Parameter(lut, requires_grad=False)
+        self.register_buffer("indices", indices)
+        self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = indices.shape
+        for parameter in scale.parameters():
+            parameter.requires_grad_(False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: LinearSpec,
+        name: str,
+        importance: Tensor | None = None,
+    ) -> LutLinear:
+        """Quantize a weight ``[out, in]``: max-abs scales, codebook, refits if the spec says so.
+
+        Args:
+            importance: E[x^2] of each input ``[in]``; needed where ``spec.refit_steps`` > 0.
+
+        Raises:
+            ParamsError: the rank does not fit the layer, which is named.
+        """
+        spec.check_shape(*weight.shape, name)
+        weight = weight.detach().float().clone()
+        lut = make_codebook(spec.codebook, spec.lut_size).to(weight.device)
+        used = torch.ones_like(weight[0]) if importance is None else importance.to(weight.device)
+        a, b = initial_scale(
+            weight,
+            group_size=spec.group_size,
+            rank=spec.rank,
+            range_share=spec.range,
+            lut_max=float(lut.abs().max()),
+        )
+        if spec.codebook is Codebook.KMEANS:
+            lut = fit_codebook(weight, a, b, spec.lut_size, used)
+        if spec.refit_steps:
+            if importance is None:
+                raise ValueError(f"{name}: refitting needs the importance of its inputs")
+            affine = spec.codebook.is_affine
+            a, b = refit_factors(
+                weight, a, b, lut, used, steps=spec.refit_steps, affine=affine
+            )
+        return cls.from_factors(weight, a, b, lut, spec, bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(
+        cls, weight: Tensor, a: Tensor, b: Tensor, lut: Tensor, spec: LinearSpec, bias: Tensor | None
+    ) -> LutLinear:
+        """A layer from given factors; indices are the nearest levels."""
+        scale: Scale = (
+            LowRankScale(a, b)
+            if spec.scale is ScaleForm.LOWRANK
+            else DirectionalScale(*to_directional(a, b))
+        )
+        indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        layer = cls(spec, scale, lut, indices, weight, bias)
+        layer.refresh_indices()
+        return layer
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"in={self.in_features}, out={self.out_features}, lut={spec.lut_size}, "
+            f"rank={spec.rank}, scale={spec.scale.value}"
+        )
+
+    def roles(self) -> dict[str, ParameterRole]:
+        """Role of each parameter, by its name inside the layer."""
+        named = {f"scale.{name}": role for name, role in self.scale.roles.items()}
+        named["lut"] = ParameterRole.LUT
+        if self.weight is not None:
+            named["weight"] = ParameterRole.WEIGHT
+        if self.bias is not None:
+            named["bias"] = ParameterRole.FROZEN
+        return named
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A ``[out, r]``, B ``[r, in]``) as the forward pass uses them; S = A @ B."""
+        return self.scale.factors(self.spec.ste_fp16)
+
+    def levels(self) -> Tensor:
+        """LUT ``[n]`` as the forward pass uses it."""
+        return round_fp16(self.lut) if self.spec.ste_fp16 else self.lut
+
+    def dequantized(self) -> Tensor:
+        """W_q ``[out, in]`` float32, differentiable for every role that trains."""
+        a, b = self.factors()
+        if self.weight is not None and self.weight.requires_grad:
+            return dequantized_weight(
+                a, b, self.levels(), weight=self.weight, affine=self.spec.codebook.is_affine
+            )
+        return dequantized_weight(a, b, self.levels(), indices=self.indices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        return F.linear(x, self.dequantized(), self.bias)
+
+    @torch.no_grad()
+    def nearest_indices(self) -> Tensor:
+        """Nearest level of each master weight under the present scales, uint8 ``[out, in]``.
+
+        Raises:
+            MismatchError: the layer is snapped and has no master weight.
+        """
+        if self.weight is None:
+            raise MismatchError("a snapped layer has no master weight to quantize again")
+        a, b = self.factors()
+        ratio = safe_ratio(self.weight, a @ b)
+        return assign(ratio, self.levels(), affine=self.spec.codebook.is_affine)
+
+    @torch.no_grad()
+    def refresh_indices(self) -> None:
+        """Store the nearest indices."""
+        self.indices.copy_(self.nearest_indices())
+
+    @torch.no_grad()
+    def rebase_weight(self) -> None:
+        """Move each master into the cell of its stored index, by the smallest step.
+
+        Scales that trained under frozen indices leave masters in a neighbour's cell; without
+        this the first forward pass of weight training would jump to other indices, and lose
+        what the scales learned.
+        """
+        if self.weight is None:
+            raise MismatchError("a snapped layer has no master weight to rebase")
+        a, b = self.factors()
+        scale = a @ b
+        lut = self.levels()
+        edges = (lut[1:] + lut[:-1]) / 2
+        span = float(lut[-1] - lut[0])
+        margin = 1e-3 * span / (lut.numel() - 1)  # keeps the rounding of w / S inside the cell
+        infinity = lut.new_full((1,), float("inf"))
+        low = lookup(torch.cat([-infinity, edges + margin]), self.indices)
+        high = lookup(torch.cat([edges - margin, infinity]), self.indices)
+        ratio = torch.minimum(torch.maximum(safe_ratio(self.weight, scale), low), high)
+        moved = self.nearest_indices() != self.indices
+        # where S is 0 every weight stands for 0: such a master has no cell to be moved into
+        self.weight.copy_(torch.where(moved & (scale != 0), ratio * scale, self.weight))

@@ -1,0 +1,109 @@
+"""params.yaml as one frozen object: a section per stage, plus `quant`, `distill` and `run`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lib.params.base import Count, Positive, Section, Seed, Share
+from lib.params.data import Cache, Run, Teacher, Tokens
+from lib.params.training import (
+    Convert,
+    Distill,
+    Finetune,
+    FinetuneQ2,
+    Quant,
+    Scales,
+    Weights,
+    check_convert,
+    check_training,
+)
+
+
+class Snap(Section):
+    """How the finished model is stored."""
+
+    form: Literal["lut", "baked"] = "lut"
+    """`lut`: packed indices, LUT and scales; `baked`: FP16 weights."""
+
+
+class AneCheck(Section):
+    """The FP16 gate of the Apple Neural Engine."""
+
+    sequences: Count = 4
+    """Held-out sequences that are run with rounding after every operation."""
+    gate: Literal["fail", "warn"] = "fail"
+    """What a broken limit does: stop the pipeline, or only report."""
+    max_kl: Positive = 0.05
+    """Largest mean KL divergence of the FP16 output from the FP32 one, in nats per token."""
+    min_top1: Share = 0.95
+    """Smallest share of positions where both predict the same token."""
+    seed: Seed = 0
+    """Seed of the choice of sequences."""
+
+
+class Evaluate(Section):
+    """The ladder over teacher, untrained model and every stage."""
+
+    perplexity_window: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per window of the perplexity. Default: the reference."""
+    perplexity_stride: Count = 512
+    """Tokens between windows; at most the window. Each token is scored once."""
+    perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
+    """At most so many tokens of the test stream."""
+    sequences: Count = 64
+    """Test sequences for KL and top-1 agreement with the teacher (all, if there are fewer)."""
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Prompts that every rung of the ladder answers."""
+    new_tokens: Count = 48
+    """Tokens generated per prompt."""
+    seed: Seed = 0
+    """Seed of the sampling."""
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> Self:
+        if self.perplexity_stride > self.perplexity_window:
+            raise ValueError(
+                f"evaluate.perplexity_stride = {self.perplexity_stride}: must be at most "
+                f"evaluate.perplexity_window = {self.perplexity_window}, or tokens are skipped"
+            )
+        return self
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    teacher: Teacher
+    tokens: Tokens
+    cache: Cache
+    quant: Quant
+    distill: Distill
+    scales: Scales
+    weights: Weights
+    finetune: Finetune
+    convert: Convert
+    finetune_q2: FinetuneQ2
+    snap: Snap
+    ane_check: AneCheck
+    evaluate: Evaluate
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        known = self.cache.temperatures
+        if self.distill.target == "tail" and self.distill.temperature not in known:
+            raise ValueError(
+                f"distill.temperature = {self.distill.temperature}: distill.target is tail, which "
+                "needs the log-sum-exp at this temperature, and cache.temperatures is "
+                f"{list(known)}; add it there or set distill.target to candidates"
+            )
+        check_convert(self.quant, self.convert)
+        for name in ("scales", "weights", "finetune"):
+            check_training(
+                name, getattr(self, name), self.quant.codebook, attention=self.quant.attention
+            )
+        check_training(
+            "finetune_q2", self.finetune_q2, self.convert.codebook, attention=self.quant.attention
+        )
+        return self

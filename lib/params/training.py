@@ -1,0 +1,269 @@
+"""Sections of quantization, distillation and the training stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lib.params.base import (
+    Count,
+    CountOrZero,
+    LutSize,
+    LutSizeOrSame,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+)
+
+Range = Annotated[float, Field(gt=0, le=1)]
+
+
+class Quant(Section):
+    """How linear layers are quantized before training: `W_q = LUT[idx] * S`."""
+
+    lut_size: LutSize = 16
+    """LUT entries of the MLPs: a power of two, 2 to 256 (16 = 4 bits, 4 = 2 bits)."""
+    attention_lut_size: LutSizeOrSame = 0
+    """LUT entries of q, k, v, o; 0 = the same as the MLPs."""
+    rank: Count = 4
+    """Rank of the scale matrix S of the MLPs."""
+    attention_rank: CountOrZero = 0
+    """Rank of S in attention; 0 = the same as the MLPs."""
+    group_size: Count = 32
+    """Inputs that share a max-abs when S is initialized. Default: the reference, end to end."""
+    attention_group_size: CountOrZero = 0
+    """The same for attention; 0 = the same as the MLPs."""
+    attention: bool = True
+    """Quantize q, k, v, o as well; false leaves them at the teacher's precision."""
+    scale: Literal["lowrank", "directional"] = "lowrank"
+    """`lowrank`: S = A @ B (4-bit training); `directional`: unit directions times magnitudes."""
+    codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
+    """Where the LUT values come from: linspace(-1, 1), half-integer levels, k-means on W / S, or
+    trained (needs a `rates.lut` above 0 in some training stage to move)."""
+    init: Literal["maxabs", "importance"] = "maxabs"
+    """How S starts. `maxabs`: truncated SVD of the groups' max-abs (the reference). `importance`:
+    from there, indices and scales are refitted in turn to the weight, each input weighted by how
+    much it is used (E[x^2] over calibration text)."""
+    refit_steps: Count = 5
+    """`importance` only: alternating refits per layer."""
+    calibration_sequences: Count = 32
+    """`importance` only: training sequences that E[x^2] is measured on."""
+    range: Range = 1.0
+    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers."""
+    ste_fp16: bool = True
+    """Round LUT and scales to FP16 in the forward pass; gradients pass through."""
+    seed: Seed = 0
+    """Seed of everything random in the initialization."""
+
+    @model_validator(mode="after")
+    def _attention_settings(self) -> Self:
+        _refuse_attention_settings(self, "quant", quantized=self.attention)
+        return self
+
+
+class Distill(Section):
+    """The distillation loss, shared by every training stage."""
+
+    temperature: Positive = 2.0
+    """Temperature T of both softmaxes; the loss is scaled by T squared (Hinton et al. 2015)."""
+    target: Literal["candidates", "tail"] = "candidates"
+    """`candidates`: renormalized over the cached candidates; `tail`: everything else is one more
+    class, from the cached log-sum-exp."""
+
+
+class Rates(Section):
+    """Learning rate per parameter role; 0 freezes the role."""
+
+    weight: NotNegative = 0.0
+    """FP32 master weights, through the straight-through estimator."""
+    scale_direction: NotNegative = 0.0
+    """A and B of the scales, or their unit directions."""
+    scale_magnitude: NotNegative = 0.0
+    """Magnitudes g of directional scales; `lowrank` has none."""
+    lut: NotNegative = 0.0
+    """LUT values; the codebook must be `learned`."""
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError(
+                "weight, scale_direction, scale_magnitude and lut are all 0: every role is frozen; "
+                "set at least one of these rates above 0"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """One run of the training loop; every training stage has such a section."""
+
+    steps: Count = 1000
+    """Optimizer steps."""
+    batch_size: Count = 4
+    """Sequences per forward pass."""
+    grad_accum: Count = 1
+    """Forward passes per optimizer step."""
+    distill_weight: Share = 1.0
+    """Share of the distillation loss; the rest is cross entropy on the labels."""
+    hard_top1_weight: NotNegative = 0.0
+    """Weight of the cross entropy on the teacher's top-1 within the candidates."""
+    hard_full_weight: NotNegative = 0.0
+    """Weight of the cross entropy on the teacher's top-1 over the full vocabulary."""
+    rates: Rates
+    """Which roles train, and how fast."""
+    weight_decay: NotNegative = 0.0
+    """AdamW weight decay. Default: the reference."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the rates rise from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the rates after warm-up."""
+    min_rate_ratio: Share = 0.1
+    """Where `cosine` ends, as a share of the rate. Default: the reference's 10 %."""
+    clip: NotNegative = 1.0
+    """Largest gradient norm; 0 = no clipping. Default: the reference."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average that is evaluated and saved; 0 = none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the matrix products; master weights stay FP32. `fp16` needs CUDA or MPS."""
+    train_mlp_only: bool = False
+    """Freeze all of attention."""
+    freeze_value_output: bool = False
+    """Freeze the v and o projections."""
+    freeze_last_mlp: CountOrZero = 0
+    """Freeze the MLPs of so many last layers."""
+    eval_every: Count = 100
+    """Steps between two evaluations of the held-out loss; the best is what is saved."""
+    eval_sequences: Count = 64
+    """Val sequences per evaluation (all, if there are fewer)."""
+    checkpoint_every: Count = 100
+    """Steps between two states that a killed run resumes from."""
+    seed: Seed = 0
+    """Seed of the order of the data."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps}: must be at most steps = {self.steps}; "
+                "lower it or train longer"
+            )
+        return self
+
+
+class Scales(TrainConfig):
+    """Indices frozen, scales learn."""
+
+    rates: Rates = Rates(scale_direction=1e-3, scale_magnitude=1e-3)
+    """Default: the reference's scale rate."""
+
+
+class Weights(TrainConfig):
+    """Scales frozen, weights learn."""
+
+    rates: Rates = Rates(weight=5e-6)
+    """Default: the reference's weight rate, for thousands of steps."""
+    hard_top1_weight: NotNegative = 0.1
+    """Default: the reference."""
+    hard_full_weight: NotNegative = 5e-4
+    """Default: the reference."""
+
+
+class Finetune(TrainConfig):
+    """Both learn, at a low rate."""
+
+    rates: Rates = Rates(weight=1e-6, scale_direction=1e-6, scale_magnitude=1e-6)
+    """Default: the reference's fine-tune rate."""
+
+
+class FinetuneQ2(TrainConfig):
+    """Training after the conversion to fewer bits."""
+
+    steps: Count = 4000
+    """Optimizer steps. Default: the reference's progressive run."""
+    rates: Rates = Rates(weight=5e-5, scale_direction=5e-5, scale_magnitude=5e-5)
+    """Default: the reference's rate after conversion."""
+    warmup_steps: CountOrZero = 100
+    """Steps over which the rates rise from 0. Default: the reference."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Course of the rates after warm-up. Default: the reference."""
+    hard_top1_weight: NotNegative = 0.1
+    """Default: the reference."""
+    hard_full_weight: NotNegative = 5e-4
+    """Default: the reference."""
+
+
+class Convert(Section):
+    """To fewer LUT entries and a higher rank, indices and scales refitted.
+
+    A layer that is already as small as asked is left as it is.
+    """
+
+    lut_size: LutSize = 4
+    """LUT entries of the MLPs afterwards."""
+    attention_lut_size: LutSizeOrSame = 16
+    """LUT entries of q, k, v, o afterwards; 0 = the same as the MLPs."""
+    rank: Count = 32
+    """Rank of S of the MLPs afterwards."""
+    attention_rank: CountOrZero = 8
+    """Rank of S in attention afterwards; 0 = the same as the MLPs."""
+    group_size: Count = 32
+    """Inputs per group where scales start anew."""
+    range: Range = 1.0
+    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers."""
+    scale: Literal["lowrank", "directional"] = "directional"
+    """Form of S afterwards."""
+    codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
+    """Where the new LUT values come from."""
+    refit_steps: CountOrZero = 5
+    """Alternating refits of indices and scales per layer, weighted by E[x^2]; 0 = none."""
+    calibration_sequences: Count = 32
+    """Training sequences that E[x^2] is measured on."""
+    eval_sequences: Count = 64
+    """Val sequences on which the KD loss before and after is measured."""
+    seed: Seed = 0
+    """Seed of everything random in the conversion."""
+
+
+def _refuse_attention_settings(section: Quant | Convert, name: str, *, quantized: bool) -> None:
+    """Refuse a setting that would be ignored because attention is not quantized."""
+    for key in ("attention_lut_size", "attention_rank", "attention_group_size"):
+        if quantized or key not in section.model_fields_set:
+            continue
+        if value := getattr(section, key):
+            raise ValueError(
+                f"{name}.{key} = {value}: attention is not quantized (quant.attention is false); "
+                "set it to 0 or quant.attention to true"
+            )
+
+
+def check_convert(quant: Quant, convert: Convert) -> None:
+    """Rules between `quant` and `convert`.
+
+    Raises:
+        ValueError: an attention setting of `convert` without attention being quantized.
+    """
+    _refuse_attention_settings(convert, "convert", quantized=quant.attention)
+
+
+def check_training(name: str, config: TrainConfig, codebook: str, *, attention: bool) -> None:
+    """Rules between a training section `name` and the model it trains.
+
+    Raises:
+        ValueError: the LUT has a rate but is not learned, or frozen attention parts are named
+            though attention is not quantized.
+    """
+    if config.rates.lut and codebook != "learned":
+        owner = "convert" if name == "finetune_q2" else "quant"
+        raise ValueError(
+            f"{name}.rates.lut = {config.rates.lut}: a {codebook} LUT does not train; "
+            f"set it to 0 or {owner}.codebook to learned"
+        )
+    if config.freeze_value_output and not attention:
+        raise ValueError(
+            f"{name}.freeze_value_output = true: attention is not quantized (quant.attention is "
+            "false), so it never trains; set it to false"
+        )

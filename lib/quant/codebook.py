@@ -1,0 +1,108 @@
+"""Codebooks (LUTs) and the search for the nearest level.
+
+Shapes: LUT ``[n]`` sorted ascending, n a power of two; ratios ``w / S`` of any shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.base.errors import ParamsError
+from lib.quant.spec import Codebook
+
+_HISTOGRAM_BINS = 4096  # 1-D k-means runs on a histogram: cost independent of the layer's size
+
+
+def make_codebook(kind: Codebook, size: int) -> Tensor:
+    """LUT ``[size]``, float32 holding FP16-exact values, sorted, symmetric.
+
+    ``uniform``: linspace(-1, 1). ``balanced``: half integers, {-1.5, -0.5, 0.5, 1.5} at 2 bits.
+    ``kmeans`` and ``learned`` start from ``uniform`` (fitted by :func:`fit_kmeans`, trained).
+
+    Raises:
+        ParamsError: size is no power of two from 2 to 256.
+    """
+    if size not in {2**bits for bits in range(1, 9)}:
+        raise ParamsError(f"lut_size {size} is not allowed; use a power of two from 2 to 256")
+    if kind is Codebook.BALANCED:
+        levels = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    else:
+        levels = torch.linspace(-1, 1, size, dtype=torch.float64)
+    return levels.half().float()
+
+
+def assign(ratio: Tensor, lut: Tensor, *, affine: bool) -> Tensor:
+    """Index of the nearest LUT entry for each ratio, uint8, same shape.
+
+    Ties go to the lower index. With ``affine`` (equally spaced levels) one multiply and a
+    rounding replace the search over boundaries. ``ratio`` may be overwritten.
+    """
+    size = lut.numel()
+    if affine:
+        low, high = float(lut[0]), float(lut[-1])
+        steps = ratio.mul_((size - 1) / (high - low)).sub_(low * (size - 1) / (high - low))
+        return steps.sub_(0.5).ceil_().clamp_(0, size - 1).to(torch.uint8)
+    boundaries = (lut[1:] + lut[:-1]) / 2
+    return torch.bucketize(ratio, boundaries).to(torch.uint8)
+
+
+def safe_ratio(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight / scale``; 0 where both are 0, +-inf (an outermost level) where only S is."""
+    return (weight / scale).nan_to_num_(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+
+
+def fit_kmeans(ratio: Tensor, size: int, weights: Tensor | None = None, steps: int = 50) -> Tensor:
+    """1-D k-means (Lloyd) on the values of ``ratio``, optionally weighted; LUT ``[size]``.
+
+    Runs on a histogram of 4,096 bins over the central 99.99 % of the mass and starts from
+    the quantiles, so that it is deterministic without a seed.
+    """
+    values = ratio.flatten().double()
+    mass = torch.ones_like(values) if weights is None else weights.flatten().double()
+    low, high = values.min(), values.max()
+    span = (high - low).clamp_min(1e-12)
+    bins = ((values - low) / span * (_HISTOGRAM_BINS - 1)).round().long()
+    count = torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64).scatter_add_(0, bins, mass)
+    total = torch.zeros_like(count).scatter_add_(0, bins, mass * values)
+    centers = torch.where(count > 0, total / count.clamp_min(1e-300), torch.zeros_like(total))
+    cumulative = count.cumsum(0) / count.sum()
+    quantiles = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    start = torch.searchsorted(cumulative, quantiles).clamp_max(_HISTOGRAM_BINS - 1)
+    lut = centers[start]
+    filled = count > 0
+    x, m = centers[filled], count[filled]
+    for _ in range(steps):
+        index = torch.bucketize(x, (lut[1:] + lut[:-1]) / 2)
+        sums = torch.zeros(size, dtype=torch.float64).scatter_add_(0, index, m * x)
+        masses = torch.zeros(size, dtype=torch.float64).scatter_add_(0, index, m)
+        lut = torch.where(masses > 0, sums / masses.clamp_min(1e-300), lut).sort().values
+    return distinct_fp16(lut.float())
+
+
+def distinct_fp16(lut: Tensor) -> Tensor:
+    """Round a sorted LUT to FP16 so that neighbours stay distinct: equal ones move one step up."""
+    rounded = lut.sort().values.half()
+    infinity = torch.tensor(float("inf"), dtype=torch.float16)
+    for i in range(1, rounded.numel()):
+        if rounded[i] <= rounded[i - 1]:
+            rounded[i] = torch.nextafter(rounded[i - 1], infinity)
+    return rounded.float()
+
+
+@torch.no_grad()
+def project_learned(lut: Tensor) -> Tensor:
+    """Nearest admissible learned LUT: sorted, symmetric (lut[i] = -lut[n-1-i]), FP16-distinct.
+
+    Values stay float32 masters; what is guaranteed is that their FP16 rounding is distinct.
+    """
+    ordered = lut.sort().values
+    half = ((ordered - ordered.flip(0)) / 2)[lut.numel() // 2 :]
+    # Positive half, ascending; a gap of two FP16 spacings survives the rounding.
+    floor = torch.finfo(torch.float16).tiny
+    levels = []
+    for value in half.tolist():
+        least = floor if not levels else levels[-1] * (1 + 2**-9) + 2**-23
+        levels.append(max(value, least))
+    upper = torch.tensor(levels, dtype=lut.dtype, device=lut.device)
+    return torch.cat([-upper.flip(0), upper])

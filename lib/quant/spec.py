@@ -1,0 +1,99 @@
+"""What a quantized layer is made of: codebook, scale form, sizes. Pure descriptions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from lib.base.errors import ParamsError
+
+
+class Codebook(StrEnum):
+    """How the LUT values come about (docs/math.md, "Codebooks")."""
+
+    UNIFORM = "uniform"
+    BALANCED = "balanced"
+    KMEANS = "kmeans"
+    LEARNED = "learned"
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the levels are equally spaced, so that the nearest one is found by rounding."""
+        return self in (Codebook.UNIFORM, Codebook.BALANCED)
+
+
+class ScaleForm(StrEnum):
+    """How S [out, in] is parametrized."""
+
+    LOWRANK = "lowrank"
+    DIRECTIONAL = "directional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """One quantized linear layer, ``W_q = LUT[idx] * S``.
+
+    Attributes:
+        lut_size: number of LUT entries, a power of two from 2 to 256.
+        rank: rank r of S.
+        group_size: inputs per group at initialization (refined where the rank needs more groups).
+        scale: parametrization of S.
+        codebook: where the LUT values come from.
+        range: share of a group's max|w| that the outermost level stands for.
+        ste_fp16: LUT and scales are rounded to FP16 in the forward pass.
+        refit_steps: importance-weighted refits of indices and factors after the max-abs start
+            (:mod:`lib.quant.refit`); 0 = none.
+    """
+
+    lut_size: int
+    rank: int
+    group_size: int
+    scale: ScaleForm
+    codebook: Codebook
+    range: float = 1.0
+    ste_fp16: bool = True
+    refit_steps: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of one index."""
+        return (self.lut_size - 1).bit_length()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint's config."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LinearSpec:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            **{
+                **values,
+                "scale": ScaleForm(values["scale"]),
+                "codebook": Codebook(values["codebook"]),
+            }
+        )
+
+    def check_shape(self, out_features: int, in_features: int, name: str) -> None:
+        """Refuse a rank that the layer cannot have.
+
+        Raises:
+            ParamsError: rank above min(out, in); the layer is named.
+        """
+        if self.rank > min(out_features, in_features):
+            raise ParamsError(
+                f"rank {self.rank} is above what {name} [{out_features}, {in_features}] allows; "
+                f"use at most {min(out_features, in_features)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which layers of a model are quantized and how. ``attention=None`` leaves attention as is."""
+
+    mlp: LinearSpec
+    attention: LinearSpec | None
+    calibration_sequences: int = 0
+    """Training sequences whose activations weight the refits; 0 where nothing is refitted."""
+    seed: int = 0

@@ -1,0 +1,138 @@
+"""Token rows on disk: Arrow IPC files that are read by memory mapping.
+
+``SPLIT/sequences.arrow``: input_ids FixedSizeList<int32>[L] (padded on the right), length int32.
+``test/stream.arrow``: one column ``token`` int32, a continuous text for perplexity.
+Both carry a JSON description in their schema metadata under ``lutqat``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lib.base.errors import CorruptError, InputError
+from lib.base.files import atomic_file, fingerprint
+
+SEQUENCES = "sequences.arrow"
+STREAM = "stream.arrow"
+_KEY = b"lutqat"
+
+
+class TokenSet:
+    """One split of the token rows.
+
+    Attributes:
+        input_ids: int32 [N, L], memory-mapped, padded on the right.
+        lengths: int32 [N], real tokens of each row, 2 to L.
+        meta: kind, split, vocab_size, max_length, pad_id, tokenizer and content fingerprints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open ``folder/sequences.arrow``.
+
+        Raises:
+            InputError: the file does not exist.
+            CorruptError: it is damaged or something else.
+        """
+        table, self.meta = _read(folder / SEQUENCES, "tokens")
+        self.lengths: NDArray[np.int32] = table.column("length").to_numpy()
+        ids = table.column("input_ids").combine_chunks()
+        flat = ids.flatten().to_numpy(zero_copy_only=False)
+        self.input_ids: NDArray[np.int32] = flat.reshape(len(ids), self.meta["max_length"])
+        _check_content(folder / SEQUENCES, self.meta, [self.input_ids, self.lengths])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def write_tokens(
+    folder: Path,
+    input_ids: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    *,
+    split: str,
+    vocab_size: int,
+    pad_id: int,
+    tokenizer: str,
+) -> None:
+    """Write one split; ``input_ids`` is [N, L], ``lengths`` [N], ``tokenizer`` a fingerprint."""
+    max_length = input_ids.shape[1]
+    meta = {
+        "kind": "tokens",
+        "split": split,
+        "vocab_size": vocab_size,
+        "max_length": max_length,
+        "pad_id": pad_id,
+        "tokenizer": tokenizer,
+    }
+    flat = pa.array(np.ascontiguousarray(input_ids, dtype=np.int32).reshape(-1))
+    columns = {
+        "input_ids": pa.FixedSizeListArray.from_arrays(flat, max_length),
+        "length": pa.array(lengths.astype(np.int32)),
+    }
+    _write(folder / SEQUENCES, columns, meta, [input_ids, lengths])
+
+
+def write_stream(
+    folder: Path, tokens: NDArray[np.int32], *, vocab_size: int, tokenizer: str
+) -> None:
+    """Write a continuous text of tokens [M]."""
+    meta = {"kind": "stream", "vocab_size": vocab_size, "tokenizer": tokenizer}
+    _write(folder / STREAM, {"token": pa.array(tokens.astype(np.int32))}, meta, [tokens])
+
+
+def read_stream(folder: Path) -> NDArray[np.int32]:
+    """The tokens [M] of ``folder/stream.arrow``.
+
+    Raises:
+        InputError, CorruptError: as for :class:`TokenSet`.
+    """
+    table, meta = _read(folder / STREAM, "stream")
+    tokens: NDArray[np.int32] = table.column("token").to_numpy()
+    _check_content(folder / STREAM, meta, [tokens])
+    return tokens
+
+
+def _write(
+    path: Path, columns: dict[str, Any], meta: dict[str, Any], content: list[NDArray[np.int32]]
+) -> None:
+    meta = {**meta, "sha256": _digest(content)}
+    meta = {**meta, "fingerprint": fingerprint(meta)}
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(meta).encode()})
+    with (
+        atomic_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _digest(content: list[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256()
+    for array in content:
+        digest.update(np.ascontiguousarray(array, dtype=np.int32).data)
+    return digest.hexdigest()
+
+
+def _check_content(path: Path, meta: dict[str, Any], content: list[NDArray[np.int32]]) -> None:
+    if _digest(content) != meta["sha256"]:
+        raise CorruptError(f"{path} is damaged (its checksum differs); rerun the tokens stage")
+
+
+def _read(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        meta = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; run the tokens stage") from None
+    except (pa.ArrowInvalid, OSError, json.JSONDecodeError) as error:
+        raise CorruptError(f"{path} cannot be read ({error}); rerun the tokens stage") from None
+    if not isinstance(meta, dict) or meta.get("kind") != kind:
+        raise CorruptError(f"{path} does not hold lutqat {kind}; rerun the tokens stage")
+    return table, meta

@@ -1,0 +1,292 @@
+"""The training loop: the only one. Stages differ in roles, rates and loss weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lib.base.errors import NonFiniteError, ParamsError
+from lib.cache.shards import CachedBatch, CacheReader
+from lib.model.linear import ParameterRole
+from lib.params.training import TrainConfig
+from lib.quant.codebook import project_learned
+from lib.objective.distillation import LossSums, Objective, held_out_kd
+from lib.train.roles import Trainable, role_rates, select, settle_after, settle_before
+from lib.train.state import Progress, load_state, save_state
+
+Report = Callable[[Progress, int], None]
+"""Called after every step with the progress and the number of tokens trained so far."""
+
+
+def rate_factor(step: int, params: TrainConfig) -> float:
+    """Learning-rate multiplier of optimizer step ``step`` (from 0): linear warm-up, then
+    constant, or a cosine down to ``min_rate_ratio`` at the last step."""
+    if step < params.warmup_steps:
+        return (step + 1) / params.warmup_steps
+    if params.schedule == "constant":
+        return 1.0
+    span = max(1, params.steps - 1 - params.warmup_steps)
+    done = min(1.0, (step - params.warmup_steps) / span)
+    low = params.min_rate_ratio
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def rows_of(micro_batch: int, batch_size: int, total: int, seed: int) -> np.ndarray:
+    """Cache rows of the n-th micro-batch: a fresh permutation per epoch, a pure function.
+
+    Nothing but the counter has to be saved to resume.
+    """
+    wanted = np.arange(micro_batch * batch_size, (micro_batch + 1) * batch_size)
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(wanted // total):
+        inside = wanted // total == epoch
+        order = np.random.default_rng([seed, int(epoch)]).permutation(total)
+        rows[inside] = order[wanted[inside] % total]
+    return rows
+
+
+@dataclass
+class TrainResult:
+    """Outcome of a run: the model now holds the parameters of ``progress.best_step``."""
+
+    progress: Progress
+    trained: int
+    """Number of values that trained."""
+
+
+class Trainer:
+    """One run over one cache. Bit-exact resume: state is saved every ``checkpoint_every``."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        params: TrainConfig,
+        objective: Objective,
+        train: CacheReader,
+        val: CacheReader,
+        device: torch.device,
+        scratch: Path,
+    ) -> None:
+        if params.dtype == "fp16" and device.type == "cpu":
+            raise ParamsError("dtype fp16 has no use on the CPU; use fp32 or bf16 there")
+        random.seed(params.seed)
+        np.random.seed(params.seed)
+        torch.manual_seed(params.seed)
+        self.model, self.params, self.objective = model.to(device), params, objective
+        self.train_cache, self.val_cache, self.device = train, val, device
+        self.state_folder = scratch / "state"
+        self.trainables = select(model, params)
+        settle_before(self.trainables)
+        if params.gradient_checkpointing:
+            # the embeddings are frozen: reentrant checkpointing would find no gradient to start
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # Transformers checkpoints only in training mode
+        self.optimizer = self._make_optimizer()
+        self.scaler = torch.amp.GradScaler(
+            enabled=params.dtype == "fp16" and device.type == "cuda"
+        )
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        rates = role_rates(self.params)
+        groups = []
+        for role in ParameterRole:
+            members = [t.parameter for t in self.trainables if t.role is role]
+            if members:
+                groups.append({"params": members, "lr": rates[role], "base_lr": rates[role]})
+        return torch.optim.AdamW(
+            groups,
+            weight_decay=self.params.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.params.dtype == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.params.dtype == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {t.name: t.parameter.detach().clone() for t in self.trainables}
+
+    @torch.no_grad()
+    def _restore(self, values: dict[str, Tensor]) -> None:
+        for item in self.trainables:
+            item.parameter.copy_(values[item.name])
+
+    def held_out_loss(self) -> float:
+        """Mean KD loss over the first ``eval_sequences`` held-out sequences."""
+        with self._autocast():
+            return held_out_kd(
+                self.model,
+                self.objective,
+                self.val_cache,
+                self.params.eval_sequences,
+                self.device,
+            )
+
+    def _evaluate(self) -> float:
+        """Held-out loss of the averaged parameters (of the plain ones without EMA)."""
+        if not self.average:
+            loss = self.held_out_loss()
+            candidate = None
+        else:
+            plain = self._snapshot()
+            self._restore(self.average)
+            loss = self.held_out_loss()
+            self._restore(plain)
+            candidate = {name: value.clone() for name, value in self.average.items()}
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"held-out loss is {loss} at step {self.progress.step}")
+        if loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+            self.best = candidate or self._snapshot()
+        self.progress.last_loss = loss
+        return loss
+
+    def _batches(self, step: int) -> Iterator[CachedBatch]:
+        accumulate, size = self.params.grad_accum, self.params.batch_size
+        for part in range(accumulate):
+            rows = rows_of(
+                step * accumulate + part, size, len(self.train_cache), self.params.seed
+            )
+            yield self.train_cache.batch(rows).to(self.device)
+
+    def _step(self) -> dict[str, float | int | None]:
+        """One optimizer step; returns its log row."""
+        step = self.progress.step
+        factor = rate_factor(step, self.params)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        batches = list(self._batches(step))
+        positions = max(1, sum(int(batch.mask.sum()) for batch in batches))
+        loss = kd = 0.0
+        for batch in batches:
+            with self._autocast():
+                sums: LossSums = self.objective(self.model, batch)
+            self.scaler.scale(sums.total / positions).backward()
+            loss += float(sums.total.detach()) / positions
+            kd += float(sums.kd) / positions
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss} at step {step + 1}: {self._first_bad(batches)}")
+        norm = self._clip(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._after_update()
+        self.progress.step += 1
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "kd_loss": kd,
+            "rate_factor": factor,
+            "gradient_norm": norm,
+        }
+
+    def _clip(self, step: int) -> float:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.params.clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            bad = next(
+                t.name
+                for t in self.trainables
+                if t.parameter.grad is not None and not t.parameter.grad.isfinite().all()
+            )
+            raise NonFiniteError(f"gradient of {bad} is not finite at step {step + 1}")
+        return norm
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        for item in self.trainables:
+            if item.role is ParameterRole.LUT:
+                item.parameter.copy_(project_learned(item.parameter))
+        decay = self.params.ema
+        if decay > 0:
+            for item in self.trainables:
+                self.average[item.name].lerp_(item.parameter, 1 - decay)
+
+    @torch.no_grad()
+    def _first_bad(self, batches: list[CachedBatch]) -> str:
+        """Where non-finite values first appear: a parameter, else a module's output."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"parameter {name} is not finite"
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_module: object, _inputs: object, output: object) -> None:
+                values = output[0] if isinstance(output, tuple) else output
+                if isinstance(values, Tensor) and not values.isfinite().all():
+                    found.append(name)
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(watch(name))
+            for name, module in self.model.named_modules()
+            if not any(True for _ in module.children())
+        ]
+        for batch in batches:
+            self.objective(self.model, batch)
+        for handle in handles:
+            handle.remove()
+        return f"first in the output of {found[0]}" if found else "in the loss itself"
+
+    def _save(self) -> None:
+        extra = {f"best.{name}": value for name, value in self.best.items()}
+        extra.update({f"average.{name}": value for name, value in self.average.items()})
+        if self.scaler.is_enabled():
+            extra["scaler"] = torch.tensor([self.scaler.get_scale(), self.scaler._growth_tracker])
+        save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
+
+    def _resume(self) -> bool:
+        loaded = load_state(self.state_folder, self.trainables, self.optimizer)
+        if loaded is None:
+            return False
+        self.progress, extra = loaded
+        for kind, target in (("best.", self.best), ("average.", self.average)):
+            for name, value in extra.items():
+                if name.startswith(kind):
+                    target[name.removeprefix(kind)] = value.to(self.device)
+        return True
+
+    def run(self, report: Report) -> TrainResult:
+        """Train to the last step and leave the best parameters in the model.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; names step and layer. The last
+                saved state stays on disk.
+        """
+        params = self.params
+        if not self._resume():
+            if params.ema > 0:
+                self.average = self._snapshot()
+            self.progress.initial_loss = self._evaluate()
+            self.progress.rows.append({"step": 0, "val_kd_loss": self.progress.initial_loss})
+        tokens_per_step = params.batch_size * params.grad_accum * self.train_cache.spec.max_length
+        while self.progress.step < params.steps:
+            row = self._step()
+            last = self.progress.step == params.steps
+            if self.progress.step % params.eval_every == 0 or last:
+                row["val_kd_loss"] = self._evaluate()
+            self.progress.rows.append(row)
+            if self.progress.step % params.checkpoint_every == 0 and not last:
+                self._save()
+            report(self.progress, self.progress.step * tokens_per_step)
+        self._restore(self.best)
+        settle_after(self.trainables)
+        self.model.eval()
+        self.model.requires_grad_(False)
+        return TrainResult(self.progress, sum(t.parameter.numel() for t in self.trainables))

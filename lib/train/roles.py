@@ -1,0 +1,87 @@
+"""Which parameters a stage trains: roles, their learning rates, and exceptions by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lib.base.errors import ParamsError
+from lib.model.linear import LutLinear, ParameterRole
+from lib.model.surgery import block_number, is_mlp, quantized_layers
+from lib.params.training import TrainConfig
+from lib.quant.spec import Codebook
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One parameter that trains."""
+
+    name: str
+    parameter: nn.Parameter
+    role: ParameterRole
+    layer: LutLinear
+
+
+def _layer_trains(name: str, last_block: int, params: TrainConfig) -> bool:
+    if not is_mlp(name):
+        value_or_output = name.rsplit(".", 1)[-1] in ("v_proj", "o_proj")
+        return not params.train_mlp_only and not (params.freeze_value_output and value_or_output)
+    return block_number(name) <= last_block - params.freeze_last_mlp
+
+
+def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
+    """The parameters a stage trains, in the model's order; sets ``requires_grad`` accordingly.
+
+    A role with rate 0 is frozen; a LUT trains only where the codebook is ``learned``.
+
+    Raises:
+        ParamsError: nothing is left to train, or weights of a snapped model were asked for.
+    """
+    layers = quantized_layers(model)
+    rates: dict[ParameterRole, float] = role_rates(params)
+    model.requires_grad_(False)
+    chosen: list[Trainable] = []
+    last_block = max((block_number(name) for name in layers), default=0)
+    for layer_name, layer in layers.items():
+        if not _layer_trains(layer_name, last_block, params):
+            continue
+        for name, role in layer.roles().items():
+            fixed_lut = role is ParameterRole.LUT and layer.spec.codebook is not Codebook.LEARNED
+            if rates.get(role, 0.0) > 0 and not fixed_lut:
+                parameter = layer.get_parameter(name)
+                parameter.requires_grad_(True)
+                chosen.append(Trainable(f"{layer_name}.{name}", parameter, role, layer))
+    if not chosen:
+        raise ParamsError(
+            "nothing trains: every rate is 0 for the roles this model has "
+            "(rates.lut needs quant.codebook: learned; rates.scale_magnitude needs "
+            "scale: directional); set a rate above 0"
+        )
+    return chosen
+
+
+def role_rates(params: TrainConfig) -> dict[ParameterRole, float]:
+    """Learning rate per role."""
+    rates: Any = params.rates
+    return {
+        ParameterRole.WEIGHT: rates.weight,
+        ParameterRole.SCALE_DIRECTION: rates.scale_direction,
+        ParameterRole.SCALE_MAGNITUDE: rates.scale_magnitude,
+        ParameterRole.LUT: rates.lut,
+    }
+
+
+def settle_before(trainables: list[Trainable]) -> None:
+    """Make masters that will train agree with the indices their layers hold."""
+    for item in trainables:
+        if item.role is ParameterRole.WEIGHT:
+            item.layer.rebase_weight()
+
+
+def settle_after(trainables: list[Trainable]) -> None:
+    """Store the indices that trained masters now have."""
+    for item in trainables:
+        if item.role is ParameterRole.WEIGHT:
+            item.layer.refresh_indices()

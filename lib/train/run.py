@@ -1,0 +1,134 @@
+"""One training stage from folder to folder: load, check that things belong together, train, save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lib.base.device import resolve_device, set_threads
+from lib.base.errors import InputError, MismatchError
+from lib.base.files import code_fingerprint, fingerprint
+from lib.base.scratch import scratch_folder
+from lib.cache.shards import CacheReader
+from lib.model.calibrate import input_importance
+from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.load import folder_fingerprint, load_causal_lm
+from lib.model.surgery import quantize_model, quantized_layers
+from lib.params.data import Run
+from lib.params.training import Distill, TrainConfig
+from lib.quant.spec import ModelSpec
+from lib.train.log import reporting, result_of, write_log
+from lib.train.loop import Trainer, TrainResult
+from lib.objective.distillation import make_objective
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that can be trained, and where it comes from."""
+
+    model: PreTrainedModel
+    teacher: str
+    """Fingerprint of the teacher it is distilled from."""
+    parent: str
+    """Fingerprint of the folder it was loaded from."""
+
+
+def start_from_teacher(folder: Path, cache: Path, spec: ModelSpec) -> Start:
+    """The teacher, quantized and untrained; refits are weighted by activations on the first
+    ``spec.calibration_sequences`` training sequences."""
+    model = load_causal_lm(folder)
+    mark = folder_fingerprint(folder)
+    importance = None
+    if spec.calibration_sequences:
+        reader = CacheReader(cache / "train", {"teacher": mark})
+        importance = input_importance(model, *reader.sequences(spec.calibration_sequences))
+    quantize_model(model, spec, importance)
+    return Start(model, mark, mark)
+
+
+def start_from_checkpoint(folder: Path) -> Start:
+    """What another training stage or a conversion left.
+
+    Raises:
+        MismatchError: the checkpoint is snapped or baked, and cannot train.
+    """
+    config = read_config(folder)
+    model, info = load_checkpoint(folder)
+    layers = quantized_layers(model)
+    if not layers or any(layer.weight is None for layer in layers.values()):
+        raise MismatchError(
+            f"{folder} is snapped or baked and holds no master weights; train from the checkpoint "
+            "that it was snapped from"
+        )
+    if "teacher" not in info:
+        raise InputError(f"{folder} does not say which teacher it comes from; train it anew")
+    return Start(model, info["teacher"], config["fingerprint"])
+
+
+def train_stage(
+    stage: str,
+    start: Start,
+    cache: Path,
+    out: Path,
+    *,
+    params: TrainConfig,
+    distill: Distill,
+    run: Run,
+    tokenizer_from: Path,
+    declared: str,
+) -> TrainResult:
+    """Train ``start`` on ``cache`` and write ``out/model``, ``out/log.csv``, ``out/metrics.json``.
+
+    Args:
+        declared: fingerprint of the params that define the run; with the inputs' and the code's
+            it keys the state that a killed run resumes from.
+
+    Raises:
+        MismatchError: cache, teacher or vocabulary do not belong together; both sides are named.
+        NonFiniteError: see :meth:`lib.train.loop.Trainer.run`.
+        BusyError: another process trains the same run.
+    """
+    set_threads(run.threads)
+    device = resolve_device(run.device)
+    expect: dict[str, Any] = {
+        "teacher": start.teacher,
+        "vocab_size": start.model.config.vocab_size,
+    }
+    train = CacheReader(cache / "train", expect)
+    val = CacheReader(cache / "val", expect)
+    identity = {
+        "params": declared,
+        "parent": start.parent,
+        "train": train.fingerprint,
+        "val": val.fingerprint,
+        "code": code_fingerprint(),
+        "device": device.type,
+    }
+    with scratch_folder(stage, fingerprint(identity)) as scratch:
+        objective = make_objective(
+            train,
+            temperature=distill.temperature,
+            target=distill.target,
+            distill_weight=params.distill_weight,
+            hard_top1_weight=params.hard_top1_weight,
+            hard_full_weight=params.hard_full_weight,
+        )
+        trainer = Trainer(start.model, params, objective, train, val, device, scratch)
+        config = params.model_dump(mode="json")
+        with reporting(stage, params.steps, out, run, config) as report:
+            result = trainer.run(report)
+        info = {
+            "stage": stage,
+            "teacher": start.teacher,
+            "parent": start.parent,
+            "cache": train.fingerprint,
+            "params": declared,
+            "code": identity["code"],
+            "result": result_of(result.progress),
+        }
+        save_checkpoint(start.model.cpu(), out / "model", tokenizer_from=tokenizer_from, info=info)
+        write_log(out, stage, result.progress, run.log_every)
+    return result

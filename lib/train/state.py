@@ -1,0 +1,129 @@
+"""What a killed training run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lib.base.files import atomic_folder, read_json, write_json
+from lib.train.roles import Trainable
+
+TENSORS = "state.safetensors"
+VALUES = "state.json"
+
+
+@dataclass
+class Progress:
+    """Position and record of a run; everything but the tensors.
+
+    ``step`` counts finished optimizer steps; ``best_step`` 0 is the state before the first one.
+    """
+
+    step: int = 0
+    initial_loss: float = 0.0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    last_loss: float = 0.0
+    rows: list[dict[str, float | int | None]] = field(default_factory=list)
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng.cuda.{index}"] = state
+    return tensors
+
+
+def _rng_values() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "numpy": [kind, [int(key) for key in keys], position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _restore_rng(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda = sorted((k for k in tensors if k.startswith("rng.cuda.")), key=lambda k: int(k[9:]))
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[key] for key in cuda])
+    kind, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def save_state(
+    folder: Path,
+    trainables: list[Trainable],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    extra: dict[str, Tensor],
+) -> None:
+    """Write the state atomically as ``folder``.
+
+    Args:
+        extra: further tensors by name (best parameters, moving averages).
+    """
+    tensors = {f"parameter.{t.name}": t.parameter.detach() for t in trainables}
+    for item in trainables:
+        for key, value in optimizer.state.get(item.parameter, {}).items():
+            tensors[f"optimizer.{key}.{item.name}"] = value
+    tensors.update({f"extra.{name}": value for name, value in extra.items()})
+    tensors.update(_rng_tensors())
+    with atomic_folder(folder) as temporary:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+        write_json(temporary / VALUES, {"progress": progress.__dict__, "rng": _rng_values()})
+
+
+def load_state(
+    folder: Path, trainables: list[Trainable], optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor]] | None:
+    """Restore what :func:`save_state` wrote; None when there is nothing (whole) to resume from.
+
+    The folder is renamed into place as a whole, so one that lacks a file is not ours to trust.
+    """
+    if not (folder / TENSORS).is_file() or not (folder / VALUES).is_file():
+        return None
+    values = read_json(folder / VALUES)
+    tensors = load_file(folder / TENSORS)
+    by_name = {item.name: item.parameter for item in trainables}
+    with torch.no_grad():
+        for name, parameter in by_name.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, kind, name = key.split(".", 2)
+            parameter = by_name[name]
+            # AdamW's fused kernels want the step counter where the parameter is
+            optimizer.state[parameter][kind] = value.to(parameter.device)
+    _restore_rng(tensors, values["rng"])
+    extra = {k[len("extra.") :]: v for k, v in tensors.items() if k.startswith("extra.")}
+    return Progress(**values["progress"]), extra
+
+
+def state_size(folder: Path) -> int:
+    """Bytes of a saved state, 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+
+
+def rows_to_csv(rows: list[dict[str, float | int | None]]) -> str:
+    """The loss log: one line per logged step, empty cells for what was not measured."""
+    columns = ("step", "loss", "kd_loss", "val_kd_loss", "rate_factor", "gradient_norm")
+
+    def cell(value: float | int | None) -> str:
+        return "" if value is None else json.dumps(value)
+
+    lines = [",".join(columns)]
+    lines += [",".join(cell(row.get(column)) for column in columns) for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,49 @@
+"""ane_check: the FP16 gate; fails the pipeline with the layer's name when a limit is broken.
+
+Usage: python -m stages.ane_check MODEL TOKENS OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.ane.check import Limits, run_check
+from lib.ane.report import write_report
+from lib.base.device import resolve_device, set_threads
+from lib.base.errors import GateError, exit_on_error
+from lib.model.checkpoint import load_checkpoint
+from lib.params.load import stage_params
+from lib.text.sequences import TokenSet
+
+
+def main(checkpoint: Path, tokens: Path, out: Path) -> None:
+    """Check the model on validation sequences; the report is written whatever it says."""
+    params = stage_params("ane_check")
+    wanted = params.ane_check
+    set_threads(params.run.threads)
+    device = resolve_device(params.run.device)
+    model, _ = load_checkpoint(checkpoint)
+    texts = TokenSet(tokens / "val")
+    order = np.random.default_rng(wanted.seed).permutation(len(texts.lengths))
+    sequences = [
+        torch.tensor(texts.input_ids[row][: texts.lengths[row]], dtype=torch.int64, device=device)
+        for row in order[: wanted.sequences]
+    ]
+    limits = Limits(max_kl=wanted.max_kl, min_top1=wanted.min_top1)
+    result = run_check(model.to(device), sequences, limits)
+    write_report(result, out)
+    if result.failures and wanted.gate == "fail":
+        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+        raise GateError(
+            f"ane_check: {result.failures[0]}{more}; see {out / 'report.md'}, or set "
+            "ane_check.gate=warn to go on"
+        )
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""convert: fewer LUT entries and a higher rank (Q4 -> Q2), indices and scales refitted.
+
+Usage: python -m stages.convert CHECKPOINT CACHE OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lib.base.errors import exit_on_error
+from lib.convert.run import convert_stage
+from lib.params.load import stage_params
+
+
+def main(checkpoint: Path, cache: Path, out: Path) -> None:
+    """Convert a checkpoint and report the held-out loss beside the reference rule's."""
+    params = stage_params("convert")
+    convert_stage(
+        checkpoint,
+        cache,
+        out,
+        params=params.convert,
+        distill=params.distill,
+        run=params.run,
+        declared=params.declared_fingerprint(),
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

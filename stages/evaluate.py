@@ -1,0 +1,49 @@
+"""evaluate: the ladder over the teacher, the untrained quantized model and every stage.
+
+Usage: python -m stages.evaluate TEACHER TOKENS RUNS OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from lib.base.device import resolve_device, set_threads
+from lib.base.errors import exit_on_error
+from lib.evaluate.ladder import HeldOut, Rung, measure_ladder
+from lib.evaluate.report import write_ladder
+from lib.evaluate.untrained import load_untrained
+from lib.model.checkpoint import load_checkpoint
+from lib.model.load import load_causal_lm, load_tokenizer
+from lib.params.load import stage_params
+from lib.params.specs import model_spec
+from lib.text.sequences import TokenSet, read_stream
+
+STAGES = ("scales", "weights", "finetune", "convert", "finetune_q2", "snap")
+
+
+def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
+    """Measure every rung on the test split and write the ladder."""
+    params = stage_params("evaluate")
+    set_threads(params.run.threads)
+    device = resolve_device(params.run.device)
+    spec = model_spec(params.quant)
+    untrained = partial(load_untrained, teacher, tokens / "train", spec)
+    rungs = [
+        Rung(name="teacher", load=partial(load_causal_lm, teacher), folder=teacher),
+        Rung(name="untrained", load=untrained),
+    ]
+    for stage in STAGES:
+        folder = runs / stage / "model"
+        rungs.append(Rung(name=stage, load=lambda f=folder: load_checkpoint(f)[0], folder=folder))
+    test = TokenSet(tokens / "test")
+    stream, _ = read_stream(tokens / "test")
+    text = HeldOut(stream=stream, input_ids=test.input_ids, lengths=test.lengths)
+    ladder = measure_ladder(rungs, text, load_tokenizer(teacher), params.evaluate, device)
+    write_ladder(ladder, out, q4="finetune", q2="snap")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

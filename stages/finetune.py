@@ -1,0 +1,34 @@
+"""finetune: weights and scales learn together, at a low rate.
+
+Usage: python -m stages.finetune CHECKPOINT CACHE OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lib.base.errors import exit_on_error
+from lib.params.load import stage_params
+from lib.train.run import start_from_checkpoint, train_stage
+
+
+def main(checkpoint: Path, cache: Path, out: Path) -> None:
+    """Train a checkpoint as the section `finetune` says."""
+    params = stage_params("finetune")
+    train_stage(
+        "finetune",
+        start_from_checkpoint(checkpoint),
+        cache,
+        out,
+        params=params.finetune,
+        distill=params.distill,
+        run=params.run,
+        tokenizer_from=checkpoint,
+        declared=params.declared_fingerprint(),
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""scales: indices frozen, the scales learn to undo what rounding did.
+
+Usage: python -m stages.scales TEACHER CACHE OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lib.base.errors import exit_on_error
+from lib.params.load import stage_params
+from lib.params.specs import model_spec
+from lib.train.run import start_from_teacher, train_stage
+
+
+def main(teacher: Path, cache: Path, out: Path) -> None:
+    """Quantize the teacher and train its scales."""
+    params = stage_params("scales")
+    train_stage(
+        "scales",
+        start_from_teacher(teacher, cache, model_spec(params.quant)),
+        cache,
+        out,
+        params=params.scales,
+        distill=params.distill,
+        run=params.run,
+        tokenizer_from=teacher,
+        declared=params.declared_fingerprint(),
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

