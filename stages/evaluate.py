@@ -38,7 +38,7 @@ def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
         folder = runs / stage / "model"
         rungs.append(Rung(name=stage, load=lambda f=folder: load_checkpoint(f)[0], folder=folder))
     test = TokenSet(tokens / "test")
-    stream, _ = read_stream(tokens / "test")
+    stream = read_stream(tokens / "test")
     text = HeldOut(stream=stream, input_ids=test.input_ids, lengths=test.lengths)
     ladder = measure_ladder(rungs, text, load_tokenizer(teacher), params.evaluate, device)
     write_ladder(ladder, out, q4="finetune", q2="snap")

@@ -23,7 +23,7 @@ def main(teacher: Path, out: Path) -> None:
     """Write the three splits and metrics.json."""
     settings = stage_params("tokens").tokens
     tokenizer = load_tokenizer(teacher)
-    about = {"vocab_size": len(tokenizer), "tokenizer": tokenizer_fingerprint(teacher)}
+    mark, vocab_size, pad_id = tokenizer_fingerprint(teacher), len(tokenizer), pad_id_of(tokenizer)
     licences = {s.source: licence_of(s) for s in (*settings.train, *settings.test)}
     for source, licence in licences.items():
         print(f"{source}: {licence}")
@@ -31,10 +31,17 @@ def main(teacher: Path, out: Path) -> None:
     metrics: dict[str, object] = {}
     for split, rows in tokens.splits.items():
         with atomic_folder(out / split) as folder:
-            ids, lengths = rows.input_ids, rows.lengths
-            write_tokens(folder, ids, lengths, split=split, pad_id=pad_id_of(tokenizer), **about)
+            write_tokens(
+                folder,
+                rows.input_ids,
+                rows.lengths,
+                split=split,
+                vocab_size=vocab_size,
+                pad_id=pad_id,
+                tokenizer=mark,
+            )
             if split == "test":
-                write_stream(folder, tokens.stream, **about)
+                write_stream(folder, tokens.stream, vocab_size=vocab_size, tokenizer=mark)
         metrics[f"{split}_sequences"] = len(rows.lengths)
         metrics[f"{split}_tokens"] = int(rows.lengths.sum())
     metrics["stream_tokens"] = len(tokens.stream)

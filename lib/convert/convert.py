@@ -58,8 +58,10 @@ def _grown_factors(
 def _scale_of(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Scale:
     if form is ScaleForm.DIRECTIONAL:
         return DirectionalScale(a_dir, b_dir, g)
-    root = g.clamp_min(0).sqrt()
-    return LowRankScale(a_dir * root, b_dir * root[:, None])
+    root = g.sqrt()
+    # An added rank keeps its direction in B: zeros on both sides would never get a gradient.
+    right = torch.where(g > 0, root, root.mean())
+    return LowRankScale(a_dir * root, b_dir * right[:, None])
 
 
 def keep_levels(layer: LutLinear, target: LinearSpec, seed: int) -> LutLinear:
@@ -67,9 +69,7 @@ def keep_levels(layer: LutLinear, target: LinearSpec, seed: int) -> LutLinear:
     rank = max(target.rank, layer.spec.rank)
     spec = replace(layer.spec, rank=rank, scale=target.scale)
     scale = _scale_of(target.scale, *_grown_factors(layer, rank, 0.0, seed))
-    return LutLinear(
-        spec, scale, layer.lut.detach(), layer.indices, _master(layer), _bias(layer)
-    )
+    return LutLinear(spec, scale, layer.lut.detach(), layer.indices, _master(layer), _bias(layer))
 
 
 def _master(layer: LutLinear) -> Tensor:
@@ -81,9 +81,7 @@ def _bias(layer: LutLinear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
 
-def fewer_levels(
-    layer: LutLinear, target: LinearSpec, name: str, importance: Tensor
-) -> LutLinear:
+def fewer_levels(layer: LutLinear, target: LinearSpec, name: str, importance: Tensor) -> LutLinear:
     """The layer's present weight quantized anew with the target's levels and rank."""
     with torch.no_grad():
         return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, importance)
@@ -153,9 +151,7 @@ def convert_by_reference_rule(model: PreTrainedModel, spec: ModelSpec) -> None:
             lut = fit_kmeans(old, target.lut_size)
             nearest = (old[:, None] - lut[None, :]).abs().argmin(dim=1).to(torch.uint8)
             indices = lookup(nearest.float(), indices).to(torch.uint8)
-        new = replace(
-            module.spec, lut_size=lut.numel(), rank=rank, scale=ScaleForm.DIRECTIONAL
-        )
+        new = replace(module.spec, lut_size=lut.numel(), rank=rank, scale=ScaleForm.DIRECTIONAL)
         return LutLinear(
             new, DirectionalScale(*factors), lut, indices, _master(module), _bias(module)
         )

@@ -62,10 +62,12 @@ def convert_stage(
         return held_out_kd(candidate, objective, val, params.eval_sequences, device)
 
     rival, _, _ = _load(checkpoint)
-    convert_by_reference_rule(rival.to(device), spec)
+    rival.to(device)  # type: ignore[arg-type]
+    convert_by_reference_rule(rival, spec)
     reference = measure(rival)
     del rival
-    before = measure(model.to(device))
+    model.to(device)  # type: ignore[arg-type]
+    before = measure(model)
     importance = input_importance(model, *train.sequences(params.calibration_sequences))
     counts = convert_model(model, spec, importance)
     metrics = {

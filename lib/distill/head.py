@@ -40,7 +40,7 @@ class _CandidateLogits(torch.autograd.Function):
 def candidate_logits(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
     """Logits of each position's own candidates: ``[P, D], [V, D], [P, K] -> [P, K]`` float32."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return _CandidateLogits.apply(hidden.float(), head, ids)  # type: ignore
+        return _CandidateLogits.apply(hidden.float(), head, ids)
 
 
 def shared_logits(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Distillation losses over candidates, per position.
 
-Shapes: P positions, C candidates (top-k first, then negatives). Every function returns ``[P]``;
-:func:`masked_mean` averages over the positions that predict a real token.
+Shapes: P positions, C candidates (top-k first, then negatives). Every function returns ``[P]``.
 
 Source: Hinton et al., "Distilling the knowledge in a neural network" (2015), section 2: the
 gradients of softened targets scale as 1 / T^2, hence the factor T^2.
@@ -13,11 +12,6 @@ import torch
 from torch import Tensor
 
 MASKED = float("-inf")
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values [P]`` where ``mask [P]``; 0 when nothing is left (an all-padding batch)."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as a user's turn of the chat template; unchanged where there is none."""
-    if tokenizer.chat_template is None:
-        return prompt
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
-    assert isinstance(text, str)
-    return text
+from lib.evaluate.generate import chat_ids, generate_tokens
 
 
-@torch.no_grad()
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,25 +23,6 @@ def generate_texts(
     """
     if not prompts:
         return []
-    model.eval()
-    encoded = [
-        tokenizer(as_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-        for prompt in prompts
-    ]
-    longest = max(len(ids) for ids in encoded)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # Left padding: every row's next token then stands at the same place.
-    rows = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded])
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = cast(Any, model).generate(
-            input_ids=rows.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=new_tokens,
-            pad_token_id=pad,
-            use_cache=True,
-            **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling),
-        )
-    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in output]
+    rows = [chat_ids(tokenizer, prompt) for prompt in prompts]
+    output = generate_tokens(model, tokenizer, rows, new_tokens, seed=seed, temperature=temperature)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output]

@@ -43,8 +43,7 @@ def input_importance(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in projections(model).items()
+        module.register_forward_pre_hook(watch(name)) for name, module in projections(model).items()
     ]
     try:
         starts = range(0, len(input_ids), BATCH)

@@ -112,6 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: no such folder, or not a checkpoint of this project.
+        CorruptError: the file is damaged or was edited.
     """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds no {CONFIG}; give a checkpoint folder (runs/STAGE/model)")
@@ -120,6 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} is not a lutqat checkpoint (its {CONFIG} has no format {FORMAT!r}); "
             "import a foreign one with `lutqat convert-checkpoint`"
+        )
+    mark = fingerprint({key: config.get(key) for key in ("sha256", "layers")})
+    if config.get("fingerprint") != mark or not {"model", "info"} <= config.keys():
+        raise CorruptError(
+            f"{folder / CONFIG} is damaged or was edited; rerun the stage that makes it"
         )
     return config
 
@@ -140,34 +146,59 @@ def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise CorruptError(f"{path} cannot be read ({error}); rerun its stage") from None
 
 
-def _scale_from(name: str, spec: LinearSpec, tensors: dict[str, Tensor], snapped: bool) -> Scale:
-    def take(key: str) -> Tensor:
-        try:
-            return tensors.pop(f"{name}.scale.{key}").float()
-        except KeyError:
-            raise CorruptError(f"{name}.scale.{key} is missing from {WEIGHTS}") from None
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Remove a quantized layer's tensor from ``tensors``; float32, whatever it was stored as.
 
-    if spec.scale is ScaleForm.LOWRANK:
-        return LowRankScale(take("a"), take("b"))
-    return DirectionalScale(take("a"), take("b"), take("g"), normalized=snapped)
+    Raises:
+        CorruptError: it is missing or has another shape.
+    """
+    value = tensors.pop(name, None)
+    if value is None:
+        raise CorruptError(f"{name} is missing from {WEIGHTS}; rerun the stage that makes it")
+    if tuple(value.shape) != shape:
+        raise CorruptError(
+            f"{name} in {WEIGHTS} has shape {list(value.shape)}, its layer needs {list(shape)}; "
+            "rerun the stage that makes it"
+        )
+    return value.float()
 
 
-def _build_layer(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LutLinear:
-    values = dict(entry)
-    out_features, in_features = values.pop("shape")
-    snapped = values.pop("snapped")
-    spec = LinearSpec.from_json(values)
-    scale = _scale_from(name, spec, tensors, snapped)
+def _build_layer(
+    name: str, plain: nn.Module, entry: dict[str, Any], tensors: dict[str, Tensor]
+) -> LutLinear:
+    """The quantized layer that stands for ``plain``; takes its tensors out of ``tensors``."""
     try:
-        lut = tensors.pop(f"{name}.lut").float()
-        packed = tensors.pop(f"{name}.{_PACKED}")
-    except KeyError as error:
-        raise CorruptError(f"{error.args[0]} is missing from {WEIGHTS}") from None
-    indices = unpack_indices(packed, spec.bits, (out_features, in_features))
-    weight = None if snapped else tensors.pop(f"{name}.weight", None)
-    if lut.numel() != spec.lut_size or (not snapped and weight is None):
-        raise CorruptError(f"{name} has no master weight or a LUT of {lut.numel()} entries")
-    return LutLinear(spec, scale, lut, indices, weight, tensors.pop(f"{name}.bias", None))
+        values = dict(entry)
+        shape, snapped = tuple(values.pop("shape")), values.pop("snapped")
+        spec = LinearSpec.from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{CONFIG} does not describe layer {name} ({error})") from None
+    if not isinstance(plain, nn.Linear) or tuple(plain.weight.shape) != shape:
+        raise MismatchError(
+            f"{CONFIG}: the model has no linear layer {name} of shape {list(shape)}"
+        )
+    out_features, in_features = shape
+
+    def take(key: str, *wanted: int) -> Tensor:
+        return _take(tensors, f"{name}.{key}", wanted)
+
+    a, b = take("scale.a", out_features, spec.rank), take("scale.b", spec.rank, in_features)
+    scale: Scale = (
+        LowRankScale(a, b)
+        if spec.scale is ScaleForm.LOWRANK
+        else DirectionalScale(a, b, take("scale.g", spec.rank), normalized=snapped)
+    )
+    packed = tensors.pop(f"{name}.{_PACKED}", None)
+    if packed is None:
+        raise CorruptError(f"{name}.{_PACKED} is missing from {WEIGHTS}")
+    return LutLinear(
+        spec,
+        scale,
+        take("lut", spec.lut_size),
+        unpack_indices(packed, spec.bits, shape),
+        None if snapped else take("weight", *shape),
+        None if plain.bias is None else take("bias", out_features),
+    )
 
 
 def empty_model(config: dict[str, Any]) -> PreTrainedModel:
@@ -191,10 +222,10 @@ def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     model = empty_model(config["model"])
     for name, entry in config["layers"].items():
         try:
-            model.get_submodule(name)
+            plain = model.get_submodule(name)
         except AttributeError:
             raise MismatchError(f"{folder}: the model has no layer {name}") from None
-        replace_module(model, name, _build_layer(name, entry, tensors))
+        replace_module(model, name, _build_layer(name, plain, entry, tensors))
     load_plain(model, {name: value.float() for name, value in tensors.items()}, str(folder))
     return model, config["info"]
 

@@ -9,17 +9,20 @@ A ``[out, r]``, B ``[r, in]``, g ``[r]``.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.base.errors import MismatchError
-from lib.quant.codebook import assign, make_codebook, safe_ratio
+from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
 from lib.quant.refit import fit_codebook, refit_factors
 from lib.quant.scales import initial_scale, to_directional, unit_columns, unit_rows
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
 from lib.quant.ste import dequantized_weight, lookup, round_fp16
+
+_INSIDE = 2e-3  # share of the way from a cell's edge to its level
 
 
 class ParameterRole(StrEnum):
@@ -37,7 +40,7 @@ class LowRankScale(nn.Module):
     """S = A @ B. The product carries direction and magnitude: both train as directions."""
 
     form = ScaleForm.LOWRANK
-    roles = {"a": ParameterRole.SCALE_DIRECTION, "b": ParameterRole.SCALE_DIRECTION}
+    roles: ClassVar = {"a": ParameterRole.SCALE_DIRECTION, "b": ParameterRole.SCALE_DIRECTION}
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class DirectionalScale(nn.Module):
     """S = (A_dir * g) @ B_dir with unit columns and rows, normalized in every forward pass."""
 
     form = ScaleForm.DIRECTIONAL
-    roles = {
+    roles: ClassVar = {
         "a": ParameterRole.SCALE_DIRECTION,
         "b": ParameterRole.SCALE_DIRECTION,
         "g": ParameterRole.SCALE_MAGNITUDE,
@@ -130,7 +133,8 @@ class LutLinear(nn.Module):
         Raises:
             ParamsError: the rank does not fit the layer, which is named.
         """
-        spec.check_shape(*weight.shape, name)
+        out_features, in_features = weight.shape
+        spec.check_shape(out_features, in_features, name)
         weight = weight.detach().float().clone()
         lut = make_codebook(spec.codebook, spec.lut_size).to(weight.device)
         used = torch.ones_like(weight[0]) if importance is None else importance.to(weight.device)
@@ -147,15 +151,19 @@ class LutLinear(nn.Module):
             if importance is None:
                 raise ValueError(f"{name}: refitting needs the importance of its inputs")
             affine = spec.codebook.is_affine
-            a, b = refit_factors(
-                weight, a, b, lut, used, steps=spec.refit_steps, affine=affine
-            )
+            a, b = refit_factors(weight, a, b, lut, used, steps=spec.refit_steps, affine=affine)
         return cls.from_factors(weight, a, b, lut, spec, bias)
 
     @classmethod
     @torch.no_grad()
     def from_factors(
-        cls, weight: Tensor, a: Tensor, b: Tensor, lut: Tensor, spec: LinearSpec, bias: Tensor | None
+        cls,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        lut: Tensor,
+        spec: LinearSpec,
+        bias: Tensor | None,
     ) -> LutLinear:
         """A layer from given factors; indices are the nearest levels."""
         scale: Scale = (
@@ -237,12 +245,12 @@ class LutLinear(nn.Module):
         a, b = self.factors()
         scale = a @ b
         lut = self.levels()
-        edges = (lut[1:] + lut[:-1]) / 2
-        span = float(lut[-1] - lut[0])
-        margin = 1e-3 * span / (lut.numel() - 1)  # keeps the rounding of w / S inside the cell
+        edges = cell_edges(lut, affine=self.spec.codebook.is_affine)
+        # A little inside the cell, so that the rounding of w / S stays there too; a share of the
+        # way to the level, because the cells of a fitted or learned LUT can be narrow.
         infinity = lut.new_full((1,), float("inf"))
-        low = lookup(torch.cat([-infinity, edges + margin]), self.indices)
-        high = lookup(torch.cat([edges - margin, infinity]), self.indices)
+        low = lookup(torch.cat([-infinity, edges.lerp(lut[1:], _INSIDE)]), self.indices)
+        high = lookup(torch.cat([edges.lerp(lut[:-1], _INSIDE), infinity]), self.indices)
         ratio = torch.minimum(torch.maximum(safe_ratio(self.weight, scale), low), high)
         moved = self.nearest_indices() != self.indices
         # where S is 0 every weight stands for 0: such a master has no cell to be moved into

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,14 +31,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     """
     weights_of(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
+        model, missing = read_model(
+            str(folder),
             dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
         )
     except SafetensorError as error:
         raise CorruptError(
@@ -45,7 +44,6 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder} is no causal language model: {first_line(error)}") from None
-    missing = sorted(info["missing_keys"])
     if missing:
         raise CorruptError(
             f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all); "
@@ -53,6 +51,16 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
         )
     model.requires_grad_(False)
     return model.eval()
+
+
+def read_model(name: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A Hugging Face model, and the names of the tensors that its files do not have (Transformers
+    itself would only warn, and leave random numbers in them)."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -91,7 +91,7 @@ def quantize_model(
         InputError: the model has no projections to quantize, or a value exceeds FP16.
         ParamsError: the rank does not fit a layer (the layer is named).
     """
-    targets = {
+    targets: dict[str, nn.Module] = {
         name: module
         for name, module in projections(model).items()
         if isinstance(module, nn.Linear) and spec_for(name, spec) is not None
@@ -135,12 +135,15 @@ def bake(model: nn.Module) -> None:
     """Replace every quantized layer by a plain one with its dequantized weight, in place."""
     for name, layer in quantized_layers(model).items():
         weight = layer.dequantized()
-        has_bias = layer.bias is not None
         plain = nn.Linear(
-            layer.in_features, layer.out_features, bias=has_bias, device="meta", dtype=weight.dtype
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
         )
         plain.weight = nn.Parameter(weight, requires_grad=False)
-        if has_bias:
+        if layer.bias is not None:
             plain.bias = layer.bias
         replace_module(model, name, plain)
 

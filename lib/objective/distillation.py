@@ -93,9 +93,7 @@ class Objective:
         full = full_vocabulary(flat, head, labels, top1, self.temperature)
         if self.tail:
             scaled = batch.scaled_logsumexp[:, :, self.temperature_index].flatten()
-            kd = kd_tail(
-                student, full.scaled_logsumexp, teacher, scaled, usable, self.temperature
-            )
+            kd = kd_tail(student, full.scaled_logsumexp, teacher, scaled, usable, self.temperature)
         else:
             kd = kd_candidates(student, teacher, usable, self.temperature)
         extra = (1 - self.distill_weight) * cross_entropy(full.logsumexp, full.label_logit)

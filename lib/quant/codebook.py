@@ -12,6 +12,7 @@ from lib.base.errors import ParamsError
 from lib.quant.spec import Codebook
 
 _HISTOGRAM_BINS = 4096  # 1-D k-means runs on a histogram: cost independent of the layer's size
+_CUT_MASS = 5e-5  # share at either end that the histogram does not resolve: outliers of W / S
 
 
 def make_codebook(kind: Codebook, size: int) -> Tensor:
@@ -43,8 +44,18 @@ def assign(ratio: Tensor, lut: Tensor, *, affine: bool) -> Tensor:
         low, high = float(lut[0]), float(lut[-1])
         steps = ratio.mul_((size - 1) / (high - low)).sub_(low * (size - 1) / (high - low))
         return steps.sub_(0.5).ceil_().clamp_(0, size - 1).to(torch.uint8)
-    boundaries = (lut[1:] + lut[:-1]) / 2
-    return torch.bucketize(ratio, boundaries).to(torch.uint8)
+    return torch.bucketize(ratio, cell_edges(lut, affine=False)).to(torch.uint8)
+
+
+def cell_edges(lut: Tensor, *, affine: bool) -> Tensor:
+    """Where :func:`assign` passes from one level to the next, ``[n - 1]``.
+
+    With ``affine`` they are equally spaced: up to FP16's rounding of the levels, the midpoints.
+    """
+    if affine:
+        steps = torch.arange(lut.numel() - 1, dtype=lut.dtype, device=lut.device) + 0.5
+        return lut[0] + steps * ((lut[-1] - lut[0]) / (lut.numel() - 1))
+    return (lut[1:] + lut[:-1]) / 2
 
 
 def safe_ratio(weight: Tensor, scale: Tensor) -> Tensor:
@@ -52,32 +63,41 @@ def safe_ratio(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale).nan_to_num_(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
 
 
+def _cut_outliers(values: Tensor, mass: Tensor) -> Tensor:
+    """``values`` clamped to where the central 99.99 % of the mass lies."""
+    ordered, order = values.sort()
+    cumulative = mass[order].cumsum(0)
+    cuts = torch.tensor([_CUT_MASS, 1 - _CUT_MASS], dtype=torch.float64) * cumulative[-1]
+    low, high = ordered[torch.searchsorted(cumulative, cuts)]
+    return values.clamp(low, high)
+
+
 def fit_kmeans(ratio: Tensor, size: int, weights: Tensor | None = None, steps: int = 50) -> Tensor:
     """1-D k-means (Lloyd) on the values of ``ratio``, optionally weighted; LUT ``[size]``.
 
-    Runs on a histogram of 4,096 bins over the central 99.99 % of the mass and starts from
-    the quantiles, so that it is deterministic without a seed.
+    Runs on a histogram of 4,096 bins over the central 99.99 % of the mass (what lies beyond
+    counts as its ends) and starts from the quantiles, so that it is deterministic without a
+    seed. ``ratio`` may be infinite where its weight is 0. Runs on the CPU, in float64.
     """
-    values = ratio.flatten().double()
-    mass = torch.ones_like(values) if weights is None else weights.flatten().double()
+    values = ratio.detach().flatten().cpu().double()
+    mass = torch.ones_like(values) if weights is None else weights.flatten().cpu().double()
+    values = _cut_outliers(values, mass)
     low, high = values.min(), values.max()
     span = (high - low).clamp_min(1e-12)
     bins = ((values - low) / span * (_HISTOGRAM_BINS - 1)).round().long()
     count = torch.zeros(_HISTOGRAM_BINS, dtype=torch.float64).scatter_add_(0, bins, mass)
     total = torch.zeros_like(count).scatter_add_(0, bins, mass * values)
-    centers = torch.where(count > 0, total / count.clamp_min(1e-300), torch.zeros_like(total))
-    cumulative = count.cumsum(0) / count.sum()
-    quantiles = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    start = torch.searchsorted(cumulative, quantiles).clamp_max(_HISTOGRAM_BINS - 1)
-    lut = centers[start]
     filled = count > 0
-    x, m = centers[filled], count[filled]
+    x, m = total[filled] / count[filled], count[filled]
+    quantiles = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    start = torch.searchsorted(m.cumsum(0) / m.sum(), quantiles).clamp_max(len(x) - 1)
+    lut = x[start]
     for _ in range(steps):
-        index = torch.bucketize(x, (lut[1:] + lut[:-1]) / 2)
+        index = torch.bucketize(x, cell_edges(lut, affine=False))
         sums = torch.zeros(size, dtype=torch.float64).scatter_add_(0, index, m * x)
         masses = torch.zeros(size, dtype=torch.float64).scatter_add_(0, index, m)
         lut = torch.where(masses > 0, sums / masses.clamp_min(1e-300), lut).sort().values
-    return distinct_fp16(lut.float())
+    return distinct_fp16(lut.float()).to(ratio.device)
 
 
 def distinct_fp16(lut: Tensor) -> Tensor:
@@ -100,7 +120,7 @@ def project_learned(lut: Tensor) -> Tensor:
     half = ((ordered - ordered.flip(0)) / 2)[lut.numel() // 2 :]
     # Positive half, ascending; a gap of two FP16 spacings survives the rounding.
     floor = torch.finfo(torch.float16).tiny
-    levels = []
+    levels: list[float] = []
     for value in half.tolist():
         least = floor if not levels else levels[-1] * (1 + 2**-9) + 2**-23
         levels.append(max(value, least))

@@ -32,7 +32,7 @@ def round_fp16(x: Tensor) -> Tensor:
 
     Values beyond 65504 become infinite, as they do on the device: clamping would hide it.
     """
-    return _RoundFP16.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    return _RoundFP16.apply(x)
 
 
 def lookup(lut: Tensor, indices: Tensor) -> Tensor:
@@ -96,4 +96,4 @@ def dequantized_weight(
     if (weight is None) == (indices is None):
         raise ValueError("give either the weight (indices are searched) or the indices")
     with torch.autocast(a.device.type, enabled=False):
-        return _DequantizedWeight.apply(weight, a, b, lut, indices, affine)  # type: ignore
+        return _DequantizedWeight.apply(weight, a, b, lut, indices, affine)

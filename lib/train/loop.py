@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
 from lib.cache.shards import CachedBatch, CacheReader
-from lib.model.linear import ParameterRole
+from lib.model.linear import LutLinear, ParameterRole
+from lib.objective.distillation import LossSums, Objective, held_out_kd
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
-from lib.objective.distillation import LossSums, Objective, held_out_kd
-from lib.train.roles import Trainable, role_rates, select, settle_after, settle_before
+from lib.train.roles import role_rates, select, settle_after, settle_before
 from lib.train.state import Progress, load_state, save_state
 
 Report = Callable[[Progress, int], None]
@@ -81,19 +81,18 @@ class Trainer:
         random.seed(params.seed)
         np.random.seed(params.seed)
         torch.manual_seed(params.seed)
-        self.model, self.params, self.objective = model.to(device), params, objective
+        model.to(device)  # type: ignore[arg-type]
+        self.model, self.params, self.objective = model, params, objective
         self.train_cache, self.val_cache, self.device = train, val, device
         self.state_folder = scratch / "state"
         self.trainables = select(model, params)
         settle_before(self.trainables)
         if params.gradient_checkpointing:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # Transformers checkpoints only in training mode
         self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(
-            enabled=params.dtype == "fp16" and device.type == "cuda"
-        )
+        self.scaler = torch.amp.GradScaler(enabled=params.dtype == "fp16" and device.type == "cuda")
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
@@ -127,14 +126,16 @@ class Trainer:
 
     def held_out_loss(self) -> float:
         """Mean KD loss over the first ``eval_sequences`` held-out sequences."""
+        count = self.params.eval_sequences
         with self._autocast():
-            return held_out_kd(
-                self.model,
-                self.objective,
-                self.val_cache,
-                self.params.eval_sequences,
-                self.device,
+            loss = held_out_kd(self.model, self.objective, self.val_cache, count, self.device)
+        if not math.isfinite(loss):
+            rows = range(min(count, len(self.val_cache)))
+            batches = (self.val_cache.batch(np.array([row])).to(self.device) for row in rows)
+            raise NonFiniteError(
+                f"held-out loss is {loss} at step {self.progress.step}: {self._first_bad(batches)}"
             )
+        return loss
 
     def _evaluate(self) -> float:
         """Held-out loss of the averaged parameters (of the plain ones without EMA)."""
@@ -147,8 +148,6 @@ class Trainer:
             loss = self.held_out_loss()
             self._restore(plain)
             candidate = {name: value.clone() for name, value in self.average.items()}
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"held-out loss is {loss} at step {self.progress.step}")
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self.best = candidate or self._snapshot()
@@ -158,9 +157,7 @@ class Trainer:
     def _batches(self, step: int) -> Iterator[CachedBatch]:
         accumulate, size = self.params.grad_accum, self.params.batch_size
         for part in range(accumulate):
-            rows = rows_of(
-                step * accumulate + part, size, len(self.train_cache), self.params.seed
-            )
+            rows = rows_of(step * accumulate + part, size, len(self.train_cache), self.params.seed)
             yield self.train_cache.batch(rows).to(self.device)
 
     def _step(self) -> dict[str, float | int | None]:
@@ -194,18 +191,23 @@ class Trainer:
             "gradient_norm": norm,
         }
 
-    def _clip(self, step: int) -> float:
+    def _clip(self, step: int) -> float | None:
+        """Clip the gradients; returns their norm, None where the scaler will skip the step."""
         self.scaler.unscale_(self.optimizer)
         limit = self.params.clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit))
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
-            bad = next(
-                t.name
-                for t in self.trainables
-                if t.parameter.grad is not None and not t.parameter.grad.isfinite().all()
-            )
-            raise NonFiniteError(f"gradient of {bad} is not finite at step {step + 1}")
-        return norm
+        if math.isfinite(norm):
+            return norm
+        if self.scaler.is_enabled():
+            return None
+        bad = [
+            t.name
+            for t in self.trainables
+            if t.parameter.grad is not None and not t.parameter.grad.isfinite().all()
+        ]
+        # each can be finite and their norm not
+        where = f"gradient of {bad[0]}" if bad else "the norm of all gradients"
+        raise NonFiniteError(f"{where} is not finite at step {step + 1}")
 
     @torch.no_grad()
     def _after_update(self) -> None:
@@ -218,7 +220,7 @@ class Trainer:
                 self.average[item.name].lerp_(item.parameter, 1 - decay)
 
     @torch.no_grad()
-    def _first_bad(self, batches: list[CachedBatch]) -> str:
+    def _first_bad(self, batches: Iterable[CachedBatch]) -> str:
         """Where non-finite values first appear: a parameter, else a module's output."""
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
@@ -236,10 +238,13 @@ class Trainer:
         handles = [
             module.register_forward_hook(watch(name))
             for name, module in self.model.named_modules()
-            if not any(True for _ in module.children())
+            if isinstance(module, LutLinear) or not any(True for _ in module.children())
         ]
         for batch in batches:
-            self.objective(self.model, batch)
+            with self._autocast():
+                self.objective(self.model, batch)
+            if found:
+                break
         for handle in handles:
             handle.remove()
         return f"first in the output of {found[0]}" if found else "in the loss itself"
@@ -248,7 +253,9 @@ class Trainer:
         extra = {f"best.{name}": value for name, value in self.best.items()}
         extra.update({f"average.{name}": value for name, value in self.average.items()})
         if self.scaler.is_enabled():
-            extra["scaler"] = torch.tensor([self.scaler.get_scale(), self.scaler._growth_tracker])
+            state = self.scaler.state_dict()
+            values = [state["scale"], state["_growth_tracker"]]
+            extra["scaler"] = torch.tensor(values, dtype=torch.float64)
         save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
 
     def _resume(self) -> bool:
@@ -256,6 +263,10 @@ class Trainer:
         if loaded is None:
             return False
         self.progress, extra = loaded
+        if "scaler" in extra:
+            scale, tracker = extra["scaler"].tolist()
+            values = {"scale": scale, "_growth_tracker": int(tracker)}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
         for kind, target in (("best.", self.best), ("average.", self.average)):
             for name, value in extra.items():
                 if name.startswith(kind):

@@ -1,4 +1,4 @@
-"""One training stage from folder to folder: load, check that things belong together, train, save."""
+"""One training stage, folder to folder: load, check that things belong together, train, save."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lib.model.calibrate import input_importance
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.surgery import quantize_model, quantized_layers
+from lib.objective.distillation import make_objective
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Trainer, TrainResult
-from lib.objective.distillation import make_objective
 
 
 @dataclass(frozen=True)

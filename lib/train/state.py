@@ -112,11 +112,6 @@ def load_state(
     return Progress(**values["progress"]), extra
 
 
-def state_size(folder: Path) -> int:
-    """Bytes of a saved state, 0 if there is none."""
-    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-
-
 def rows_to_csv(rows: list[dict[str, float | int | None]]) -> str:
     """The loss log: one line per logged step, empty cells for what was not measured."""
     columns = ("step", "loss", "kd_loss", "val_kd_loss", "rate_factor", "gradient_norm")

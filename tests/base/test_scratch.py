@@ -26,20 +26,27 @@ def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
 
-def test_deleted_on_success_and_kept_on_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), scratch_folder("cache", "k") as folder:
-        assert folder == tmp_path / ".ckpt" / "cache" / "k"
+def fail_in(stage: str, key: str) -> Path:
+    """A run that leaves one file behind and fails; its scratch folder."""
+
+    def work(folder: Path) -> None:
         (folder / "shard").write_text("1")
         raise KeyError
+
+    with pytest.raises(KeyError), scratch_folder(stage, key) as folder:
+        work(folder)
+    return folder
+
+
+def test_deleted_on_success_and_kept_on_failure(tmp_path: Path) -> None:
+    assert fail_in("cache", "k") == tmp_path / ".ckpt" / "cache" / "k"
     with scratch_folder("cache", "k") as folder:
         assert (folder / "shard").read_text() == "1"
     assert not folder.exists()
 
 
 def test_other_keys_are_left_alone() -> None:
-    with pytest.raises(KeyError), scratch_folder("cache", "old") as old:
-        (old / "shard").write_text("1")
-        raise KeyError
+    old = fail_in("cache", "old")
     with scratch_folder("cache", "new") as new:
         assert list(new.iterdir()) == []
     assert (old / "shard").exists()

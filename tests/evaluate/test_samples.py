@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lib.evaluate.samples import as_chat, generate_texts
+from lib.evaluate.generate import as_chat
+from lib.evaluate.samples import generate_texts
 from lib.model.tiny import random_teacher
 
 PROMPTS = ["What is 2+2?", "A much longer prompt, so that the shorter ones are padded.", "Hi"]

@@ -57,6 +57,11 @@ def copy(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
+def load_both(folder: Path) -> None:
+    load_causal_lm(folder)
+    load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_random_teacher_from_disk(tmp_path: Path, kind: str) -> None:
     made = bring_teacher(f"random:{kind}", None, 0, tmp_path / "t")
@@ -121,9 +126,10 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<eos>", *(chr(33 + i) for i in range(config.vocab_size - 1))])
+    letters = (chr(ord("!") + i) for i in range(config.vocab_size - 2))
+    writer.add_token_list(["<|endoftext|>", *letters, '!"'])
     writer.add_token_types([3] + [1] * (config.vocab_size - 1))
-    writer.add_token_merges(["! \""])
+    writer.add_token_merges(['! "'])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = {
@@ -250,8 +256,7 @@ def test_incomplete_folders(copy: Path, name: str) -> None:
     (copy / name).unlink()
     missing = "*.safetensors" if name.endswith("safetensors") else name
     with pytest.raises(InputError) as caught:
-        load_causal_lm(copy)
-        load_tokenizer(copy)
+        load_both(copy)
     assert f"{copy} holds no {missing}" in str(caught.value)
 
 
@@ -274,8 +279,7 @@ def test_damaged_weights(copy: Path) -> None:
 def test_unusable_files(copy: Path, name: str, content: str) -> None:
     (copy / name).write_text(content)
     with pytest.raises(InputError) as caught:
-        load_causal_lm(copy)
-        load_tokenizer(copy)
+        load_both(copy)
     assert "\n" not in str(caught.value)
 
 

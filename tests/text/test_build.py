@@ -184,3 +184,25 @@ def test_equal_shares(available: list[int], cap: int | None) -> None:
 def test_an_instruction_and_its_input_are_the_title() -> None:
     assert Instruction("Sort.", "b, a", "a, b").title == "Sort.\nb, a"
     assert Instruction("Greet.", "", "Hello.").title == "Greet."
+
+
+def test_prose_ends_with_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = AnySettings((TEXT,), max_length=4000, packing=False)
+    rows = build_tokens(settings, tokenizer).splits["train"]
+    ends = rows.input_ids == tokenizer.eos_token_id
+    assert (ends.sum(1) == 1).all()
+    assert (ends.argmax(1) == rows.lengths - 1).all()
+
+
+def test_long_documents_are_cut_where_they_only_measure(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(source: Source, seed: int) -> object:
+        return (Document(f"Title {i}", "word " * 1000) for i in range(30))
+
+    monkeypatch.setattr(build, "read_source", read)
+    settings = AnySettings((AnySource("path:x.txt"),), max_length=6000, packing=False)
+    tokens = build_tokens(settings, tokenizer)
+    whole, cut = 5 * 1000 + 1, build.HELD_OUT_CHARACTERS - 1 + 1  # a byte a token, end token
+    assert set(tokens.splits["train"].lengths) == {whole}
+    assert set(tokens.splits["val"].lengths) == set(tokens.splits["test"].lengths) == {cut}

@@ -1,0 +1,100 @@
+"""The conversion stage from folder to folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib.base.errors import InputError, MismatchError
+from lib.convert.run import convert_stage
+from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.surgery import bake
+from lib.objective.distillation import held_out_kd, make_objective
+from lib.params.data import Run
+from lib.params.training import Convert, Distill
+from lib.snap.snap import snap_model
+from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of
+from tests.train.samples import config, train
+
+PARAMS = Convert(rank=8, attention_rank=8, group_size=16, calibration_sequences=16)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``cache`` and ``trained``, a checkpoint after some training."""
+    folder = tmp_path_factory.mktemp("place")
+    cache = make_caches(folder / "cache")
+    model = quantized()
+    train(model, cache, folder / "scratch", config(steps=10))
+    save(model, folder / "trained")
+    return folder
+
+
+def save(model: Any, folder: Path) -> None:
+    save_checkpoint(model, folder, tokenizer_from=folder, info={"teacher": "tiny", "stage": "x"})
+
+
+def convert(place: Path, checkpoint: Path, out: Path, params: Convert = PARAMS) -> dict[str, Any]:
+    return convert_stage(
+        checkpoint,
+        place / "cache",
+        out,
+        params=params,
+        distill=Distill(),
+        run=Run(device="cpu"),
+        declared="d",
+    )
+
+
+def test_it_beats_the_reference_rule_and_says_what_it_cost(place: Path, tmp_path: Path) -> None:
+    metrics = convert(place, place / "trained", tmp_path / "out")
+    assert metrics["kd_before"] < metrics["kd_after"] < metrics["kd_reference_rule"]
+    assert (metrics["converted"], metrics["kept"]) == (6, 8)
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {"convert": metrics}
+    model, info = load_checkpoint(tmp_path / "out/model")
+    _, val = readers(place / "cache")
+    objective = make_objective(val, temperature=2.0, target="candidates")
+    assert held_out_kd(model, objective, val, 64, CPU) == metrics["kd_after"]
+    before, _ = load_checkpoint(place / "trained")
+    assert held_out_kd(before, objective, val, 64, CPU) == metrics["kd_before"]
+    assert info["teacher"] == "tiny" and info["result"] == metrics
+    assert info["parent"] == read_config(place / "trained")["fingerprint"]
+
+
+def test_two_runs_are_equal(place: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(len(name))
+        convert(place, place / "trained", tmp_path / name)
+    one, other = (load_checkpoint(tmp_path / n / "model")[0] for n in ("a", "b"))
+    assert same(state_of(one), state_of(other))
+    for file in ("metrics.json", "model/config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_four_levels_from_the_start_pass_unharmed(place: Path, tmp_path: Path) -> None:
+    save(quantized(lut_size=4), tmp_path / "four")
+    metrics = convert(place, tmp_path / "four", tmp_path / "out")
+    assert (metrics["converted"], metrics["kept"]) == (0, 14)
+    # the factors change form and are rounded to FP16 anew
+    assert metrics["kd_after"] == pytest.approx(metrics["kd_before"], rel=5e-3)
+
+
+def test_refusals(place: Path, tmp_path: Path) -> None:
+    snapped = quantized()
+    snap_model(snapped, baked=False)
+    save(snapped, tmp_path / "snapped")
+    with pytest.raises(MismatchError, match="is snapped; convert the checkpoint that"):
+        convert(place, tmp_path / "snapped", tmp_path / "out")
+    baked = quantized()
+    bake(baked)
+    save(baked, tmp_path / "baked")
+    with pytest.raises(InputError, match="no quantized layer to convert"):
+        convert(place, tmp_path / "baked", tmp_path / "out")
+    save_checkpoint(quantized(), tmp_path / "m", tokenizer_from=tmp_path, info={"teacher": "t"})
+    with pytest.raises(MismatchError, match="made with teacher tiny, but t is in use"):
+        convert(place, tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

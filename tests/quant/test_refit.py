@@ -1,0 +1,132 @@
+"""The refit lowers the weighted error, half step by half step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.quant.codebook import assign, make_codebook, safe_ratio
+from lib.quant.refit import (
+    _solve_rows,
+    balance,
+    fit_codebook,
+    refit_factors,
+    weighted_error,
+)
+from lib.quant.scales import initial_scale
+from lib.quant.spec import Codebook
+from lib.quant.ste import lookup
+
+OUT, IN, RANK = 24, 40, 4
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W, A, B, h."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(OUT, IN, generator=generator) * torch.rand(
+        OUT, 1, generator=generator
+    ).add(0.1)
+    used = torch.rand(IN, generator=generator).pow(4) * 10
+    a, b = initial_scale(weight, group_size=8, rank=RANK, range_share=1.0, lut_max=1.0)
+    return weight, a, b, used
+
+
+def quantized(weight: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
+    scale = a @ b
+    return lookup(lut, assign(safe_ratio(weight, scale), lut, affine=True)) * scale
+
+
+def slow_error(weight: Tensor, approximation: Tensor, used: Tensor) -> float:
+    """sum_ij h_j (W - W_q)_ij^2 as a loop."""
+    total = 0.0
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            total += float(used[j]) * float(weight[i, j] - approximation[i, j]) ** 2
+    return total
+
+
+def test_weighted_error_is_the_equation() -> None:
+    weight, a, b, used = problem()
+    approximation = a @ b
+    share = slow_error(weight, approximation, used) / slow_error(
+        weight, torch.zeros_like(weight), used
+    )
+    assert weighted_error(weight, approximation, used) == pytest.approx(share, rel=1e-4)
+
+
+def test_solve_rows_is_damped_least_squares() -> None:
+    weight, a, b, used = problem()
+    levels = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    solved = _solve_rows(weight, levels, b, used, a)
+    for i in range(OUT):
+        design = (levels[i] * b).T  # [in, r]
+        gram = design.T @ (used[:, None] * design)
+        damping = 1e-3 * gram.diagonal().mean() + 1e-12
+        right = design.T @ (used * weight[i]) + damping * a[i]
+        slow = torch.linalg.solve(gram + damping * torch.eye(RANK), right)
+        assert torch.allclose(solved[i], slow, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_half_step_raises_the_error(size: int, seed: int) -> None:
+    weight, a, b, used = problem(seed)
+    lut = make_codebook(Codebook.UNIFORM, size)
+    even = torch.ones(OUT)
+    errors = [slow_error(weight, quantized(weight, a, b, lut), used)]
+    for _ in range(4):
+        levels = lookup(lut, assign(safe_ratio(weight, a @ b), lut, affine=True))
+        a = _solve_rows(weight, levels, b, used, a)
+        errors.append(slow_error(weight, levels * (a @ b), used))
+        errors.append(slow_error(weight, quantized(weight, a, b, lut), used))
+        levels = lookup(lut, assign(safe_ratio(weight, a @ b), lut, affine=True))
+        b = _solve_rows(weight.T, levels.T, a.T, even, b.T).T.contiguous()
+        errors.append(slow_error(weight, levels * (a @ b), used))
+        errors.append(slow_error(weight, quantized(weight, a, b, lut), used))
+    assert all(later <= earlier * (1 + 1e-4) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_refit_factors_lowers_the_weighted_error_more_than_an_unweighted_refit() -> None:
+    weight, a, b, used = problem()
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    before = weighted_error(weight, quantized(weight, a, b, lut), used)
+    found = []
+    for importance in (used, torch.ones(IN)):
+        factors = refit_factors(weight, a, b, lut, importance, steps=4, affine=True)
+        found.append(weighted_error(weight, quantized(weight, *factors, lut), used))
+    assert found[0] < found[1] < before
+
+
+@pytest.mark.parametrize("codebook", [Codebook.UNIFORM, Codebook.KMEANS])
+def test_refit_of_extreme_weights_stays_finite(codebook: Codebook) -> None:
+    lut = make_codebook(codebook, 4)
+    for weight in (torch.zeros(8, 16), 1e-7 * problem()[0], 1e4 * problem()[0]):
+        a, b = initial_scale(weight, group_size=8, rank=2, range_share=1.0, lut_max=1.0)
+        used = torch.zeros(weight.shape[1])
+        used[0] = 1.0  # all the others are never used
+        a, b = refit_factors(weight, a, b, lut, used, steps=2, affine=codebook.is_affine)
+        assert a.isfinite().all() and b.isfinite().all()
+
+
+def test_balance_keeps_the_product() -> None:
+    _, a, b, _ = problem()
+    left, right = balance(a * 1e3, b * 1e-2)
+    assert torch.allclose(left @ right, 10 * (a @ b), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-5)
+
+
+def test_fit_codebook_lowers_the_weighted_error() -> None:
+    weight, a, b, used = problem()
+    scale = a @ b
+
+    def error(lut: Tensor) -> float:
+        levels = lookup(lut, assign(safe_ratio(weight, scale), lut, affine=False))
+        return weighted_error(weight, levels * scale, used)
+
+    fitted = fit_codebook(weight, a, b, 4, used)
+    assert error(fitted) < 0.9 * error(make_codebook(Codebook.UNIFORM, 4))
+    assert error(fitted) < error(fit_codebook(weight, a, b, 4, torch.ones(IN)))

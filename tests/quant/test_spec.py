@@ -1,0 +1,53 @@
+"""Descriptions of quantized layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.base.errors import ParamsError
+from lib.quant.spec import Codebook, LinearSpec, ScaleForm
+
+SPECS = st.builds(
+    LinearSpec,
+    lut_size=st.sampled_from([2, 4, 8, 16, 32, 64, 128, 256]),
+    rank=st.integers(1, 64),
+    group_size=st.integers(1, 256),
+    scale=st.sampled_from(ScaleForm),
+    codebook=st.sampled_from(Codebook),
+    range=st.floats(0.1, 1.0),
+    ste_fp16=st.booleans(),
+    refit_steps=st.integers(0, 9),
+)
+
+
+@given(SPECS)
+def test_json_round_trip(spec: LinearSpec) -> None:
+    again = LinearSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec
+    assert isinstance(again.scale, ScaleForm) and isinstance(again.codebook, Codebook)
+
+
+@given(SPECS)
+def test_bits_are_exact(spec: LinearSpec) -> None:
+    assert 2**spec.bits == spec.lut_size
+
+
+def test_equally_spaced_codebooks() -> None:
+    assert [c for c in Codebook if c.is_affine] == [Codebook.UNIFORM, Codebook.BALANCED]
+
+
+def test_a_rank_above_the_layers_is_refused_by_name() -> None:
+    spec = LinearSpec(
+        lut_size=4,
+        rank=9,
+        group_size=8,
+        scale=ScaleForm.LOWRANK,
+        codebook=Codebook.UNIFORM,
+    )
+    spec.check_shape(9, 100, "model.layers.0.mlp.up_proj")
+    with pytest.raises(ParamsError, match=r"rank 9 .*layers\.3\.mlp\.up_proj .*at most 8"):
+        spec.check_shape(8, 100, "model.layers.3.mlp.up_proj")

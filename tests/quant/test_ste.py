@@ -1,0 +1,140 @@
+"""The quantized weight's value and its gradients against autograd on the plain expression."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.quant.codebook import assign, make_codebook, safe_ratio
+from lib.quant.spec import Codebook
+from lib.quant.ste import dequantized_weight, lookup, round_fp16
+
+OUT, IN, RANK, LUT = 10, 14, 3, 8
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "weight": torch.randn(OUT, IN, generator=generator),
+        "a": torch.randn(OUT, RANK, generator=generator),  # S has both signs
+        "b": torch.randn(RANK, IN, generator=generator),
+        "lut": make_codebook(Codebook.BALANCED, LUT) / 4,  # equally spaced, exact in FP16
+    }
+
+
+def slow(weight: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
+    """The equation, idx = argmin, with a straight-through weight: W_q + (W - W.detach())."""
+    scale = a @ b
+    ratio = (weight / scale).detach()
+    indices = (ratio[..., None] - lut.detach()).abs().argmin(dim=-1)
+    return lut[indices] * scale + (weight - weight.detach())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "trained",
+    [c for n in range(1, 5) for c in itertools.combinations(("weight", "a", "b", "lut"), n)],
+    ids="+".join,
+)
+def test_value_and_gradients_while_indices_are_searched(
+    trained: tuple[str, ...], affine: bool
+) -> None:
+    upstream = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(9))
+    fast_in, slow_in = tensors(), tensors()
+    for name in trained:
+        fast_in[name].requires_grad_(True)
+        slow_in[name].requires_grad_(True)
+    fast = dequantized_weight(
+        fast_in["a"], fast_in["b"], fast_in["lut"], weight=fast_in["weight"], affine=affine
+    )
+    reference = slow(**slow_in)
+    assert torch.allclose(fast, reference, atol=1e-6)
+    (fast * upstream).sum().backward()
+    (reference * upstream).sum().backward()
+    for name, value in fast_in.items():
+        if name not in trained:
+            assert value.grad is None
+            continue
+        expected = slow_in[name].grad
+        assert value.grad is not None and expected is not None and expected.abs().max() > 0
+        assert torch.allclose(value.grad, expected, rtol=1e-4, atol=1e-5), name
+    if "weight" in trained:
+        assert torch.equal(fast_in["weight"].grad, upstream)  # straight through, bit for bit
+
+
+def test_gradients_with_given_indices() -> None:
+    values = tensors()
+    indices = torch.randint(
+        0, LUT, (OUT, IN), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    doubles = [values[name].double().requires_grad_(True) for name in ("a", "b", "lut")]
+
+    def function(a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
+        return dequantized_weight(a, b, lut, indices=indices)
+
+    assert torch.autograd.gradcheck(function, doubles)
+
+
+def test_zero_scales_give_zero_weights() -> None:
+    values = tensors()
+    values["a"][3] = 0.0
+    values["weight"][3, :4] = 0.0
+    fast = dequantized_weight(values["a"], values["b"], values["lut"], weight=values["weight"])
+    assert fast.isfinite().all() and (fast[3] == 0).all()
+
+
+def test_weight_or_indices_not_both() -> None:
+    v = tensors()
+    indices = torch.zeros(OUT, IN, dtype=torch.uint8)
+    for wrong in ({}, {"weight": v["weight"], "indices": indices}):
+        with pytest.raises(ValueError, match="either"):
+            dequantized_weight(v["a"], v["b"], v["lut"], **wrong)
+
+
+def test_round_fp16_rounds_and_passes_gradients() -> None:
+    x = torch.tensor([1 / 3, -2e-8, 65519.0, 65521.0, -1e6, 6e-8], requires_grad=True)
+    y = round_fp16(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, x.detach().half().float())
+    assert y[2] == 65504 and y[3] == float("inf") and y[4] == float("-inf")
+    upstream = torch.arange(6.0)
+    y.backward(upstream)
+    assert x.grad is not None and torch.equal(x.grad, upstream)
+
+
+def test_autocast_does_not_touch_value_or_gradients() -> None:
+    def run(context: AbstractContextManager[object]) -> list[Tensor]:
+        v = {name: value.requires_grad_(True) for name, value in tensors().items()}
+        with context:
+            w = dequantized_weight(
+                round_fp16(v["a"]), round_fp16(v["b"]), round_fp16(v["lut"]), weight=v["weight"]
+            )
+            product = v["a"] @ v["b"]
+        w.square().sum().backward()
+        grads = [value.grad for value in v.values() if value.grad is not None]
+        assert len(grads) == 4
+        return [w.detach(), *grads, product.detach()]
+
+    *plain, product = run(nullcontext())
+    *inside, low = run(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert low.dtype == torch.bfloat16 and not torch.equal(low.float(), product)  # it was on
+    assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
+
+
+def test_lookup() -> None:
+    indices = torch.tensor([[0, 3], [255, 1]], dtype=torch.uint8)
+    lut = torch.arange(256.0) * 2
+    assert lookup(lut, indices).tolist() == [[0.0, 6.0], [510.0, 2.0]]
+
+
+@pytest.mark.parametrize("kind", [Codebook.UNIFORM, Codebook.BALANCED])
+def test_given_indices_and_searched_ones_agree(kind: Codebook) -> None:
+    v = tensors()
+    lut = make_codebook(kind, LUT)
+    indices = assign(safe_ratio(v["weight"], v["a"] @ v["b"]), lut, affine=True)
+    searched = dequantized_weight(v["a"], v["b"], lut, weight=v["weight"], affine=True)
+    assert torch.equal(dequantized_weight(v["a"], v["b"], lut, indices=indices), searched)
