@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+
+import lib.api
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,8 +26,10 @@ def test_results_are_the_ladder_that_evaluate_wrote() -> None:
 
 
 def test_api_example_is_the_one_that_is_tested() -> None:
-    example = (ROOT / "tests/readme_example.py").read_text(encoding="utf-8")
-    code = example.split("# --- README ---\n")[1].strip()
+    assert lib.api.__doc__ is not None
+    _, *blocks = lib.api.__doc__.split("\n\n")
+    indented = [block for block in blocks if block.startswith("    ")]
+    code = textwrap.dedent("\n\n".join(indented)).strip()
     assert between("api") == f"```python\n{code}\n```"
 
 

@@ -37,7 +37,7 @@ def input_importance(
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach().float()[real[now].to(device)]  # [tokens, in]
-            total = x.square().sum(dim=0).double().cpu()
+            total = x.square().sum(dim=0).cpu().double()
             sums[name] = sums[name] + total if name in sums else total
 
         return hook

@@ -48,8 +48,8 @@ def refit_factors(
     steps: int,
     affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Alternate indices, A, indices, B, ``steps`` times; the error never rises in a half step
-    except by the damping and the normalization of the weights."""
+    """Alternate indices, A, indices, B, ``steps`` times. No half step raises the error: the
+    damping only holds the factors back on the way to its minimum."""
     used = importance / importance.mean().clamp_min(1e-30)
     even = torch.ones(weight.shape[0], device=weight.device)
     for _ in range(steps):

@@ -69,9 +69,10 @@ class _DequantizedWeight(torch.autograd.Function):
             grad_a = grad_scale @ b.T if needs_a else None
             grad_b = a.T @ grad_scale if needs_b else None
         if needs_lut:
-            grad_levels = (grad * (a @ b)).flatten().double()
-            # float64 sums: a level collects up to millions of terms
-            sums = torch.zeros(lut.numel(), dtype=torch.float64, device=lut.device)
+            # float64 sums (Apple's GPUs have none): a level collects up to millions of terms
+            exact = torch.float32 if lut.device.type == "mps" else torch.float64
+            grad_levels = (grad * (a @ b)).flatten().to(exact)
+            sums = torch.zeros(lut.numel(), dtype=exact, device=lut.device)
             grad_lut = sums.scatter_add_(0, indices.flatten().long(), grad_levels).to(lut.dtype)
         return (grad if needs_weight else None), grad_a, grad_b, grad_lut, None, None
 

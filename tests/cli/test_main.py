@@ -58,12 +58,10 @@ def test_entry_point_in_a_process_of_its_own(models: Path) -> None:
     good = run("inspect", str(models / "snapped"))
     assert good.returncode == 0, good.stderr
     assert "bits per weight" in good.stdout
-    bad = run("inspect", "nothing-here")
-    assert bad.returncode == 3
-    assert bad.stderr == (
-        "error: nothing-here does not exist; give a checkpoint folder (runs/STAGE/model) or a "
-        "teacher folder\n"
-    )
+    bad = run("profile", "tyny")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: no profile 'tyny'; did you mean tiny?")
+    assert bad.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "inspect"])

@@ -109,6 +109,15 @@ def test_v2_equals_its_forward_pass(size: int, config: dict[str, Any]) -> None:
     assert_same(layer, v2_weight(tensors, config))
 
 
+def test_v2_adds_a_little_to_every_magnitude() -> None:
+    tensors = make(v2_layer, 4)
+    tensors["_indices"] = v2_indices(tensors, {})
+    tensors["rank_magnitude"] *= 1e-4
+    assert_same(read(tensors), v2_weight(tensors))
+    with pytest.raises(AssertionError):  # without the 1e-6
+        assert_same(read(tensors, magnitude_eps=0.0), v2_weight(tensors))
+
+
 def test_v2_frozen_indices_win_over_the_weight() -> None:
     tensors = make(v2_layer, 4)
     tensors["_indices"] = v2_indices(tensors, {})

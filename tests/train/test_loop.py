@@ -132,6 +132,15 @@ def test_accumulating_two_batches_of_two_is_one_batch_of_four(cache: Path, tmp_p
     assert not torch.allclose(found[2]["model.layers.0.mlp.up_proj.weight"], value_of(found[1]))
 
 
+def test_accumulation_visits_the_same_rows(cache: Path, tmp_path: Path) -> None:
+    seen = []
+    for sizes in ({"batch_size": 2, "grad_accum": 2}, {"batch_size": 4}):
+        made = trainer(quantized(), cache, tmp_path, config(**sizes))
+        parts = [batch.input_ids for step in range(20) for batch in made._batches(step)]
+        seen.append(torch.cat(parts))
+    assert torch.equal(*seen)
+
+
 def value_of(found: dict[str, Tensor]) -> Tensor:
     return found["model.layers.0.mlp.up_proj.weight"]
 

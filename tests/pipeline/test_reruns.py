@@ -1,0 +1,66 @@
+"""What a change of params.yaml reruns: what depends on it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lib.params.load import read_yaml
+from tests.architecture import is_under, outputs_of, paths_of
+from tests.pipeline.project import ROOT, STAGES, Project
+
+TRAINED = STAGES[STAGES.index("scales") :]
+
+
+def following(names: set[str]) -> set[str]:
+    """These stages and all that depend on what they write."""
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
+    found = set(names)
+    for name in STAGES:  # in the order of their dependencies
+        written = [path for other in found for path in outputs_of(stages[other])]
+        if any(is_under(dep, path) for dep in paths_of(stages[name]["deps"]) for path in written):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "stages"),
+    [
+        ("quant", "lut_size", "4", set(TRAINED)),
+        ("teacher", "seed", "1", set(STAGES)),
+        ("tokens", "seed", "1", set(STAGES) - {"teacher"}),
+        ("cache", "negatives", "8", set(STAGES) - {"teacher", "tokens"}),
+        ("weights", "steps", "9", set(TRAINED) - {"scales"}),
+        ("convert", "rank", "8", set(TRAINED) - {"scales", "weights", "finetune"}),
+        ("evaluate", "new_tokens", "4", {"evaluate"}),
+        ("run", "device", "cpu", set()),
+        ("run", "log_every", "3", set()),
+    ],
+)
+def test_a_changed_key_reruns(
+    project: Project, section: str, key: str, value: str, stages: set[str]
+) -> None:
+    before = project.read("params.yaml")
+    project.set(section, key, value)
+    assert project.read("params.yaml") != before
+    changed = json.loads(project.dvc("status", "--json"))
+    assert following(set(changed)) == stages
+
+
+def test_only_evaluate_runs_and_is_back_without_a_run(project: Project) -> None:
+    project.set("evaluate", "new_tokens", "4")
+    project.dvc("repro")
+    assert project.ran() == ["evaluate"]
+    project.set("evaluate", "new_tokens", "8")
+    assert "is cached - skipping run" in project.dvc("repro")
+    assert project.ran() == ["evaluate"]
+
+
+def test_same_params_same_results(project: Project) -> None:
+    scales, metrics = project.outputs("scales"), project.metrics("evaluate")
+    project.dvc("repro", "--force", "--single-item", "scales")
+    project.dvc("repro", "--force", "--single-item", "evaluate")
+    assert project.ran() == ["scales", "evaluate"]
+    assert project.outputs("scales") == scales
+    assert project.metrics("evaluate") == metrics
