@@ -59,6 +59,15 @@ class BusyError(LutqatError):
 DISK_FULL_EXIT_CODE = 9
 
 
+def _is_disk_full(error: Exception) -> bool:
+    """Whether the disk (or the user's share of it) is full. The libraries written in Rust,
+    safetensors and tokenizers, raise errors of their own and give the number in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn a :class:`LutqatError` or a full disk into one line on stderr and its exit code.
@@ -71,10 +80,11 @@ def exit_on_error() -> Iterator[None]:
     except LutqatError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_disk_full(error):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        name = error.filename if isinstance(error, OSError) else None
+        where = f" while writing {name}" if name else ""
         print(
             f"error: no space left on the disk{where}; free some space and run the same command "
             "again, finished work is kept",

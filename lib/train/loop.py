@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,7 +282,9 @@ class Trainer:
                 saved state stays on disk.
         """
         params = self.params
-        if not self._resume():
+        if self._resume():
+            print(f"going on after step {self.progress.step} of {params.steps}", file=sys.stderr)
+        else:
             if params.ema > 0:
                 self.average = self._snapshot()
             self.progress.initial_loss = self._evaluate()

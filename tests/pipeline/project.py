@@ -31,10 +31,12 @@ class Project:
 
     def environment(self, **more: str) -> dict[str, str]:
         """One thread, no configuration of this machine, and `python` is tests.pipeline.halting."""
-        private = self.folder.parent / "private"
+        bin, private = self.folder.parent / "bin", self.folder.parent / "private"
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "PYTEST"))},
-            "PATH": f"{self.folder.parent / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(
+                (str(bin), str(Path(sys.executable).parent), os.environ["PATH"])
+            ),
             "RUNS": str(self.folder / RUNS),
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
@@ -108,15 +110,25 @@ class Project:
         lines[number] = f"  {key}: {value}\n"
         (self.folder / "params.yaml").write_text("".join(lines), encoding="utf-8")
 
+    def locked(self) -> dict[str, Any]:
+        """What dvc.lock says of each stage."""
+        stages: dict[str, Any] = read_yaml(self.folder / "dvc.lock")["stages"]
+        return stages
+
     def outputs(self, stage: str) -> dict[str, str]:
         """Output -> checksum, as dvc.lock has them."""
-        locked = read_yaml(self.folder / "dvc.lock")["stages"][stage]
-        return {out["path"]: out["md5"] for out in locked["outs"]}
+        return {out["path"]: out["md5"] for out in self.locked()[stage]["outs"]}
 
-    def forget_runs(self) -> None:
-        """Empty DVC's run cache, so that it cannot bring a result back without a run."""
+    def forget(self, stage: str) -> None:
+        """Make ``stage`` something that was never run: no result, no line in dvc.lock, and an
+        empty run cache, from which DVC could bring the result back."""
+        for path in self.outputs(stage):
+            target = self.folder / path
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        values = read_yaml(self.folder / "dvc.lock")
+        del values["stages"][stage]
+        (self.folder / "dvc.lock").write_text(json.dumps(values), encoding="utf-8")
         shutil.rmtree(self.folder / ".dvc/cache/runs")
-        (self.folder / RUNS).unlink()
 
     def copy(self, folder: Path) -> Project:
         """A working copy, DVC's cache included."""

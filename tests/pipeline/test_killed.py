@@ -19,20 +19,20 @@ LAYER_3 = "convert lib.convert.convert fewer_levels 3"
 WRITING = "convert lib.model.checkpoint write_json 1"
 
 
-def cut_power(project: Project, halt: str, *options: str) -> None:
+def cut_power(project: Project, halt: str) -> None:
     """Run the pipeline until ``halt``, where everything is killed."""
-    with project.start_dvc("repro", *options, HALT=f"{halt} kill") as process:
+    with project.start_dvc("repro", HALT=f"{halt} kill") as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
 
 
 def finish(project: Project, baseline: Project, stage: str) -> None:
     """Run to the end: only ``stage`` runs, and everything is as if it had never been killed."""
-    assert project.read("dvc.lock") == baseline.read("dvc.lock")
+    assert stage not in project.locked()
     (project.folder / RUNS).unlink()
     output = project.dvc("repro")
     assert project.ran() == [stage], output
-    assert project.read("dvc.lock") == baseline.read("dvc.lock")
+    assert project.locked() == baseline.locked()
     assert project.metrics(stage) == baseline.metrics(stage)
     assert [path.suffix for path in project.folder.glob(f".ckpt/{stage}/*")] in ([".lock"], [])
     assert not list(project.folder.glob("*/*/.tmp-*"))
@@ -40,16 +40,16 @@ def finish(project: Project, baseline: Project, stage: str) -> None:
 
 
 def test_cache(project: Project, baseline: Project) -> None:
-    project.forget_runs()
-    cut_power(project, SHARDS, "--force", "--single-item", "cache")
+    project.forget("cache")
+    cut_power(project, SHARDS)
     shards = list(project.folder.glob(".ckpt/cache/*/train/shard-*.arrow"))
     assert [shard.name for shard in shards] == ["shard-00000.arrow"]
     finish(project, baseline, "cache")
 
 
 def test_convert_while_converting_and_while_writing(project: Project, baseline: Project) -> None:
-    project.forget_runs()
-    cut_power(project, LAYER_3, "--force", "--single-item", "convert")
+    project.forget("convert")
+    cut_power(project, LAYER_3)
     cut_power(project, WRITING)
     assert list(project.folder.glob("runs/convert/.tmp-model/*.safetensors"))
     finish(project, baseline, "convert")
@@ -68,8 +68,8 @@ def one_error(output: str) -> str:
 
 
 def test_scales_while_others_try_too_and_while_saving(project: Project, baseline: Project) -> None:
-    project.forget_runs()
-    first = project.start_dvc("repro", "--force", "-s", "scales", HALT=f"{STEP_7} wait")
+    project.forget("scales")
+    first = project.start_dvc("repro", HALT=f"{STEP_7} wait")
     try:
         wait_for_halt(project, first)
         (state,) = project.folder.glob(".ckpt/scales/*/state/state.json")
@@ -82,6 +82,7 @@ def test_scales_while_others_try_too_and_while_saving(project: Project, baseline
         assert "is busy, it is being blocked by" in project.dvc("repro", status=255)
         # DVC alone dies: its trainer lives on, and holds the stage's lock against the next run
         os.kill(first.pid, signal.SIGKILL)
+        first.wait()
         assert "stage scales is already running" in one_error(project.dvc("repro", status=255))
     finally:
         os.killpg(first.pid, signal.SIGKILL)
