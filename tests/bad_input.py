@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.base.errors import LutqatError
@@ -118,7 +119,20 @@ def text(content: str, **source: Any) -> Callable[[], None]:
 
 def replace(name: str, content: bytes) -> Callable[[], None]:
     """Write a file anew."""
-    return lambda: [Path(name).write_bytes(content), None][1]
+
+    def damage() -> None:
+        Path(name).write_bytes(content)
+
+    return damage
+
+
+def copy(name: str, target: str) -> Callable[[], None]:
+    """Write one file over another."""
+
+    def damage() -> None:
+        shutil.copyfile(name, target)
+
+    return damage
 
 
 def delete(name: str) -> Callable[[], None]:
@@ -216,8 +230,6 @@ def save_foreign(model: Any, folder: Path) -> None:
 
 def nan_teacher() -> None:
     """A teacher with one weight that is no number."""
-    from safetensors.torch import load_file, save_file
-
     path = Path("data/teacher/model.safetensors")
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan

@@ -110,7 +110,7 @@ def to_markdown(result: CheckResult) -> str:
     """A page: verdict, forms against float32, worst layers, warnings."""
     lines = [f"# FP16 check: {'passed' if result.passed else 'FAILED'}", "", STATEMENT, ""]
     lines += [f"* {failure}" for failure in result.failures]
-    lines += ["", f"{result.tokens} test tokens; limits: KL {result.limits.max_kl:g}, "]
+    lines += ["", f"{result.tokens} held-out tokens; limits: KL {result.limits.max_kl:g}, "]
     lines[-1] += f"top-1 {result.limits.min_top1:g}. {result.constants.layers} quantized layers."
     lines += ["", "## Against float32", ""]
     rows = [["float32", "", "", f"{result.reference_perplexity:.4f}", ""]]

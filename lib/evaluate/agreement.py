@@ -71,7 +71,7 @@ class TeacherTarget:
         self.head = head
         self.batches = make_batches(input_ids, lengths)
         self.hidden: list[Tensor] = []  # per batch [scored positions, D]
-        for batch in track(self.batches, len(self.batches), "teacher"):
+        for batch in track(self.batches, len(self.batches), "teacher: batches"):
             hidden, logits = _forward(teacher, head, batch)
             again = head(hidden[:1])
             if not torch.allclose(again, logits[:1], rtol=1e-3, atol=1e-3):

@@ -107,15 +107,14 @@ def measure_ladder(
         _check_vocabulary(model, text, rung.name)
         size = model_size(model)
         bake(model)  # one dense product per layer instead of dequantizing in every forward pass
-        ppl = perplexity(
-            model, text.stream, params.perplexity_window, params.perplexity_stride, rung.name
-        )
+        window, stride = params.perplexity_window, params.perplexity_stride
+        ppl = perplexity(model, text.stream, window, stride, f"{rung.name}: perplexity windows")
         if target is None:
             target = TeacherTarget(model, text.input_ids, text.lengths)
             teacher_perplexity = ppl
             kl, top1 = 0.0, 1.0  # the teacher against itself, by definition
         else:
-            agreement = target.compare(model, rung.name)
+            agreement = target.compare(model, f"{rung.name}: agreement batches")
             kl, top1 = agreement.kl, agreement.top1
         samples = generate_texts(
             model, tokenizer, ladder.prompts, params.new_tokens, seed=params.seed

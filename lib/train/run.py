@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
-from lib.base.errors import InputError, MismatchError
+from lib.base.errors import InputError, MismatchError, NonFiniteError
 from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
 from lib.cache.shards import CacheReader
@@ -119,7 +119,12 @@ def train_stage(
         trainer = Trainer(start.model, params, objective, train, val, device, scratch)
         config = params.model_dump(mode="json")
         with reporting(stage, params.steps, out, run, config) as report:
-            result = trainer.run(report)
+            try:
+                result = trainer.run(report)
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
+                ) from None
         info = {
             "stage": stage,
             "teacher": start.teacher,

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,11 @@ class Project:
 
     def environment(self, **more: str) -> dict[str, str]:
         """One thread, no configuration of this machine, and `python` is tests.pipeline.halting."""
-        bin, private = self.folder.parent / "bin", self.folder.parent / "private"
+        private = self.folder.parent / "private"
+        programs = (self.folder.parent / "bin", Path(sys.executable).parent)
         return {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "PYTEST"))},
-            "PATH": os.pathsep.join(
-                (str(bin), str(Path(sys.executable).parent), os.environ["PATH"])
-            ),
+            **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_"))},
+            "PATH": os.pathsep.join([*map(str, programs), os.environ["PATH"]]),
             "RUNS": str(self.folder / RUNS),
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
@@ -53,30 +53,37 @@ class Project:
             **more,
         }
 
-    def start(self, *command: str, **more: str) -> subprocess.Popen[str]:
-        """Start a command in a process group of its own; stderr goes into stdout."""
+    def start(self, *command: str, output: Any, **more: str) -> subprocess.Popen[str]:
+        """Start a command in a process group of its own; ``output`` gets stdout and stderr."""
         return subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.environment(**more),
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
     def run(self, *command: str, status: int | None = 0, **more: str) -> str:
-        """Run a command to its end and return what it printed."""
-        with self.start(*command, **more) as process:
-            output, _ = process.communicate(timeout=300)
-        assert status is None or process.returncode == status, output
+        """Run a command to its end and return what it printed; None allows any exit status.
+
+        The output goes into a file: the worker that `dvc queue start` leaves behind would hold a
+        pipe open.
+        """
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            code = self.start(*command, output=file, **more).wait(timeout=300)
+            file.seek(0)
+            output = file.read()
+        assert status is None or code == status, output
         return output
 
     def dvc(self, *arguments: str, status: int | None = 0, **more: str) -> str:
         return self.run(sys.executable, "-m", "dvc", *arguments, status=status, **more)
 
     def start_dvc(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
-        return self.start(sys.executable, "-m", "dvc", *arguments, **more)
+        command = (sys.executable, "-m", "dvc", *arguments)
+        return self.start(*command, output=subprocess.DEVNULL, **more)
 
     def git(self, *arguments: str) -> str:
         return self.run("git", *arguments)

@@ -11,9 +11,9 @@ import pytest
 
 from tests.pipeline.project import Project
 
-# What the README recommends: results and changed parameters, no paths and no steps in between.
+# What the README recommends: results and changed parameters, no paths.
 SHOW = ("exp", "show", "--csv", "--only-changed", "--hide-workspace", "--drop")
-DROP = r".*/|ane_check|snap|convert\.kd_before|.*\.(initial_kd|final_kd|best_step|converted|kept)"
+DROP = r".*/|ane_check|snap|.*\.(initial_kd|final_kd|best_step)"
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def test_the_queue_runs_one(baseline: Project, tmp_path: Path) -> None:
     project.dvc("exp", "run", "--queue", "--set-param", "evaluate.new_tokens=4", "--name=short")
     project.dvc("queue", "start", "--jobs", "1")
     try:
-        finished = time.monotonic() + 120
+        finished = time.monotonic() + 240
         while not ({"Success", "Failed"} & set(project.dvc("queue", "status").split())):
             assert time.monotonic() < finished, project.dvc("queue", "logs", "short")
-            time.sleep(1)
+            time.sleep(2)
         assert "Success" in project.dvc("queue", "status")
     finally:
         project.dvc("queue", "stop", "--kill", status=None)
