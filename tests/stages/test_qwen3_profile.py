@@ -26,7 +26,7 @@ from lib.text.sequences import TokenSet
 
 ROOT = Path(__file__).parents[2]
 
-# What the hub would bring, and sizes for seconds instead of hours; every other key is the profile's.
+# What the hub would bring, and sizes for seconds; every other key is the profile's.
 LOCAL: dict[str, Any] = {
     "teacher": {"source": "random:qwen3", "revision": None},
     "cache": {"shard_sequences": 16, "negatives": 128},
