@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,13 @@ class Project:
         pipe open.
         """
         with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-            code = self.start(*command, output=file, **more).wait(timeout=300)
+            process = self.start(*command, output=file, **more)
+            try:
+                code = process.wait(timeout=1200)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
             file.seek(0)
             output = file.read()
         assert status is None or code == status, output
