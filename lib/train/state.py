@@ -105,7 +105,10 @@ def load_state(
         if key.startswith("optimizer."):
             _, kind, name = key.split(".", 2)
             parameter = by_name[name]
-            # AdamW's fused kernels want the step counter where the parameter is
+            if value.shape == parameter.shape:
+                # fused kernels walk through memory: the moments need the parameter's strides
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            # and the step counter where the parameter is
             optimizer.state[parameter][kind] = value.to(parameter.device)
     _restore_rng(tensors, values["rng"])
     extra = {k[len("extra.") :]: v for k, v in tensors.items() if k.startswith("extra.")}

@@ -59,6 +59,27 @@ def test_round_trip_of_tensors_optimizer_progress_and_generators(tmp_path: Path)
         assert torch.equal(one.parameter, other.parameter)
 
 
+def test_a_transposed_parameter_goes_on_as_if_never_saved(tmp_path: Path) -> None:
+    """Fitted scales are column by column in memory, and the fused kernel goes by memory."""
+
+    def transposed() -> tuple[list[Trainable], torch.optim.AdamW]:
+        trainables = select(quantized(), config())
+        for item in trainables:
+            item.parameter.data = item.parameter.data.T.contiguous().T
+        return trainables, torch.optim.AdamW([t.parameter for t in trainables], lr=0.01, fused=True)
+
+    trainables, optimizer = transposed()
+    torch.manual_seed(1)
+    step(trainables, optimizer)
+    save_state(tmp_path / "state", trainables, optimizer, Progress(best_loss=1.0), {})
+    step(trainables, optimizer)
+    again, fresh = transposed()
+    assert load_state(tmp_path / "state", again, fresh) is not None
+    step(again, fresh)
+    for one, other in zip(trainables, again, strict=True):
+        assert torch.equal(one.parameter, other.parameter), one.name
+
+
 def test_nothing_or_half_a_state_is_no_state(tmp_path: Path) -> None:
     trainables, optimizer = parts()
     assert load_state(tmp_path / "state", trainables, optimizer) is None
