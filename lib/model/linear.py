@@ -13,14 +13,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lib.base.errors import MismatchError
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
 from lib.quant.refit import fit_codebook, refit_factors
 from lib.quant.scales import initial_scale, to_directional, unit_columns, unit_rows
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
-from lib.quant.ste import dequantized_weight, lookup, round_fp16
+from lib.quant.ste import dequantized_weight, lookup, quantized_linear, round_fp16
 
 _INSIDE = 2e-3  # share of the way from a cell's edge to its level
 
@@ -201,18 +200,31 @@ class LutLinear(nn.Module):
         """LUT ``[n]`` as the forward pass uses it."""
         return round_fp16(self.lut) if self.spec.ste_fp16 else self.lut
 
+    @torch.no_grad()
     def dequantized(self) -> Tensor:
-        """W_q ``[out, in]`` float32, differentiable for every role that trains."""
+        """W_q ``[out, in]`` float32."""
         a, b = self.factors()
-        if self.weight is not None and self.weight.requires_grad:
-            return dequantized_weight(
-                a, b, self.levels(), weight=self.weight, affine=self.spec.codebook.is_affine
-            )
-        return dequantized_weight(a, b, self.levels(), indices=self.indices)
+        indices = self.nearest_indices() if self._trains_weight else self.indices
+        return dequantized_weight(a, b, self.levels(), indices)
+
+    @property
+    def _trains_weight(self) -> bool:
+        return self.weight is not None and self.weight.requires_grad
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
-        return F.linear(x, self.dequantized(), self.bias)
+        a, b = self.factors()
+        trains = self._trains_weight
+        return quantized_linear(
+            x,
+            a,
+            b,
+            self.levels(),
+            weight=self.weight if trains else None,
+            indices=None if trains else self.indices,
+            bias=self.bias,
+            affine=self.spec.codebook.is_affine,
+        )
 
     @torch.no_grad()
     def nearest_indices(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.base.errors import ParamsError
+from lib.quant.kernels import affine_position, searched_position
 from lib.quant.spec import Codebook
 
 _HISTOGRAM_BINS = 4096  # 1-D k-means runs on a histogram: cost independent of the layer's size
@@ -36,15 +37,11 @@ def make_codebook(kind: Codebook, size: int) -> Tensor:
 def assign(ratio: Tensor, lut: Tensor, *, affine: bool) -> Tensor:
     """Index of the nearest LUT entry for each ratio, uint8, same shape.
 
-    Ties go to the lower index. With ``affine`` (equally spaced levels) one multiply and a
-    rounding replace the search over boundaries. ``ratio`` may be overwritten.
+    Ties go to the lower index. With ``affine`` (equally spaced levels) a rounding replaces the
+    search over boundaries.
     """
-    size = lut.numel()
-    if affine:
-        low, high = float(lut[0]), float(lut[-1])
-        steps = ratio.mul_((size - 1) / (high - low)).sub_(low * (size - 1) / (high - low))
-        return steps.sub_(0.5).ceil_().clamp_(0, size - 1).to(torch.uint8)
-    return torch.bucketize(ratio, cell_edges(lut, affine=False)).to(torch.uint8)
+    search = affine_position if affine else searched_position
+    return search(ratio, lut).to(torch.uint8)
 
 
 def cell_edges(lut: Tensor, *, affine: bool) -> Tensor:

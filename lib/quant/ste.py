@@ -1,10 +1,11 @@
-"""The quantized weight as one differentiable operation, and FP16 rounding that passes gradients.
+"""The product with a quantized weight as one differentiable operation, and FP16 rounding that
+passes gradients.
 
-    W_q = LUT[idx] * S,   S = A @ B,   idx = nearest(W / S) or given
+    y = x W_q^T + bias,   W_q = LUT[idx] * S,   S = A @ B,   idx = nearest(W / S) or given
 
 Gradients (docs/math.md): the weight's is passed straight through (STE); those of A, B and the
 LUT are the true gradients of the product with idx held fixed. Nothing of size [out, in] is kept
-for backward but idx (uint8): S and LUT[idx] are recomputed.
+for backward but idx (uint8): S and W_q are computed again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lib.quant.codebook import assign, safe_ratio
+from lib.quant.kernels import level_sums, quantized, scaled_levels
 
 
 class _RoundFP16(torch.autograd.Function):
@@ -40,61 +42,93 @@ def lookup(lut: Tensor, indices: Tensor) -> Tensor:
     return lut.index_select(0, indices.flatten().int()).view(indices.shape)
 
 
-class _DequantizedWeight(torch.autograd.Function):
+@torch.no_grad()
+def dequantized_weight(a: Tensor, b: Tensor, lut: Tensor, indices: Tensor) -> Tensor:
+    """``LUT[idx] * (A @ B)`` ``[out, in]`` in float32, whatever autocast says.
+
+    Args:
+        a: ``[out, r]``; b: ``[r, in]``; lut: ``[n]``; indices: uint8 ``[out, in]``.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return scaled_levels(a @ b, indices, lut)
+
+
+class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        x: Tensor,
         weight: Tensor | None,
         a: Tensor,
         b: Tensor,
         lut: Tensor,
         indices: Tensor | None,
+        bias: Tensor | None,
         affine: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
-        scale = a @ b
-        if indices is None:
-            assert weight is not None
-            indices = assign(safe_ratio(weight, scale), lut, affine=affine)
-        ctx.save_for_backward(a, b, lut, indices)
-        return scale.mul_(lookup(lut, indices))
+        with torch.autocast(x.device.type, enabled=False):
+            scale = a @ b
+            if indices is None:
+                assert weight is not None
+                w_q, indices = quantized(weight, scale, lut, affine=affine)
+            else:
+                w_q = scaled_levels(scale, indices, lut)
+            x_cast = x.to(dtype)
+            ctx.save_for_backward(x_cast, a, b, lut, indices)
+            ctx.dtype = x.dtype
+            return F.linear(x_cast, w_q.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        a, b, lut, indices = ctx.saved_tensors
-        needs_weight, needs_a, needs_b, needs_lut = ctx.needs_input_grad[:4]
-        grad_a = grad_b = grad_lut = None
-        if needs_a or needs_b:
-            grad_scale = grad * lookup(lut, indices)
-            grad_a = grad_scale @ b.T if needs_a else None
-            grad_b = a.T @ grad_scale if needs_b else None
-        if needs_lut:
-            # float64 sums (Apple's GPUs have none): a level collects up to millions of terms
-            exact = torch.float32 if lut.device.type == "mps" else torch.float64
-            grad_levels = (grad * (a @ b)).flatten().to(exact)
-            sums = torch.zeros(lut.numel(), dtype=exact, device=lut.device)
-            grad_lut = sums.scatter_add_(0, indices.flatten().long(), grad_levels).to(lut.dtype)
-        return (grad if needs_weight else None), grad_a, grad_b, grad_lut, None, None
+        x, a, b, lut, indices = ctx.saved_tensors
+        needs_x, needs_weight, needs_a, needs_b, needs_lut = ctx.needs_input_grad[:5]
+        needs_bias = ctx.needs_input_grad[6]
+        grad_y = grads[0]
+        rows = grad_y.flatten(0, -2)  # [N, out]
+        grad_x = grad_weight = grad_a = grad_b = grad_lut = None
+        with torch.autocast(x.device.type, enabled=False):
+            scale = a @ b
+            if needs_x:
+                w_q = scaled_levels(scale, indices, lut)
+                grad_x = (grad_y @ w_q.to(grad_y.dtype)).to(ctx.dtype)
+                del w_q
+            if needs_weight or needs_a or needs_b or needs_lut:
+                grad_w = (rows.T @ x.flatten(0, -2)).to(a.dtype)  # of W_q, [out, in]
+                grad_weight = grad_w if needs_weight else None
+                if needs_a or needs_b:
+                    grad_scale = scaled_levels(grad_w, indices, lut)
+                    grad_a = grad_scale @ b.T if needs_a else None
+                    grad_b = a.T @ grad_scale if needs_b else None
+                if needs_lut:
+                    grad_lut = level_sums(grad_w * scale, indices, lut.numel())
+        grad_bias = rows.sum(dim=0).to(a.dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_a, grad_b, grad_lut, None, grad_bias, None, None
 
 
-def dequantized_weight(
+def quantized_linear(
+    x: Tensor,
     a: Tensor,
     b: Tensor,
     lut: Tensor,
     *,
     weight: Tensor | None = None,
     indices: Tensor | None = None,
+    bias: Tensor | None = None,
     affine: bool = False,
 ) -> Tensor:
-    """``LUT[idx] * (A @ B)`` ``[out, in]`` in float32, whatever autocast says.
+    """``x W_q^T + bias``, ``[..., in]`` -> ``[..., out]``.
+
+    W_q is float32 to its last bit; only the product itself follows autocast.
 
     Args:
-        a: ``[out, r]``; b: ``[r, in]``; lut: ``[n]``.
+        a: ``[out, r]``; b: ``[r, in]``; lut: ``[n]``, all float32.
         weight: float32 master ``[out, in]``; indices are searched for when none are given.
         indices: uint8 ``[out, in]``; given when the weight does not train.
         affine: the LUT is equally spaced.
     """
     if (weight is None) == (indices is None):
         raise ValueError("give either the weight (indices are searched) or the indices")
-    with torch.autocast(a.device.type, enabled=False):
-        return _DequantizedWeight.apply(weight, a, b, lut, indices, affine)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _QuantizedLinear.apply(x, weight, a, b, lut, indices, bias, affine, dtype)

@@ -161,7 +161,7 @@ class Trainer:
             rows = rows_of(step * accumulate + part, size, len(self.train_cache), self.params.seed)
             yield self.train_cache.batch(rows).to(self.device)
 
-    def _step(self) -> dict[str, float | int | None]:
+    def train_step(self) -> dict[str, float | int | None]:
         """One optimizer step; returns its log row."""
         step = self.progress.step
         factor = rate_factor(step, self.params)
@@ -291,7 +291,7 @@ class Trainer:
             self.progress.rows.append({"step": 0, "val_kd_loss": self.progress.initial_loss})
         tokens_per_step = params.batch_size * params.grad_accum * self.train_cache.spec.max_length
         while self.progress.step < params.steps:
-            row = self._step()
+            row = self.train_step()
             last = self.progress.step == params.steps
             if self.progress.step % params.eval_every == 0 or last:
                 row["val_kd_loss"] = self._evaluate()

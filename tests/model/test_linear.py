@@ -105,10 +105,12 @@ def test_bf16_autocast_does_not_touch_the_fp16_rounding() -> None:
 def test_searched_and_stored_indices_compute_the_same_bit_for_bit() -> None:
     for form, codebook in FORMS:
         layer = make(scale=form, codebook=codebook, lut_size=8)
-        stored = layer.dequantized()
+        x = randn(3, IN)
+        stored, product = layer.dequantized(), layer(x)
         assert layer.weight is not None
         layer.weight.requires_grad_(True)
         assert torch.equal(layer.dequantized(), stored)
+        assert torch.equal(layer(x), product)
 
 
 def test_refresh_indices_follows_the_master() -> None:

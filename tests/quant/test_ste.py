@@ -1,9 +1,8 @@
-"""The quantized weight's value and its gradients against autograd on the plain expression."""
+"""The product with a quantized weight, its gradients against autograd on the plain expression."""
 
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lib.quant.codebook import assign, make_codebook, safe_ratio
 from lib.quant.spec import Codebook
-from lib.quant.ste import dequantized_weight, lookup, round_fp16
+from lib.quant.ste import dequantized_weight, lookup, quantized_linear, round_fp16
 
 OUT, IN, RANK, LUT = 10, 14, 3, 8
 
@@ -34,6 +33,12 @@ def slow(weight: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
     return lut[indices] * scale + (weight - weight.detach())
 
 
+def searched(v: dict[str, Tensor], *, affine: bool = False) -> Tensor:
+    """W_q ``[out, in]``, differentiable: the product with the identity."""
+    factors = (v["a"], v["b"], v["lut"])
+    return quantized_linear(torch.eye(IN), *factors, weight=v["weight"], affine=affine).T
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     "trained",
@@ -48,9 +53,7 @@ def test_value_and_gradients_while_indices_are_searched(
     for name in trained:
         fast_in[name].requires_grad_(True)
         slow_in[name].requires_grad_(True)
-    fast = dequantized_weight(
-        fast_in["a"], fast_in["b"], fast_in["lut"], weight=fast_in["weight"], affine=affine
-    )
+    fast = searched(fast_in, affine=affine)
     reference = slow(**slow_in)
     assert torch.allclose(fast, reference, atol=1e-6)
     (fast * upstream).sum().backward()
@@ -73,17 +76,37 @@ def test_gradients_with_given_indices() -> None:
     )
     doubles = [values[name].double().requires_grad_(True) for name in ("a", "b", "lut")]
 
-    def function(a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
-        return dequantized_weight(a, b, lut, indices=indices)
+    x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(2)).double()
+    bias = torch.randn(OUT, generator=torch.Generator().manual_seed(3)).double()
+    leaves = [x.requires_grad_(True), bias.requires_grad_(True)]
 
-    assert torch.autograd.gradcheck(function, doubles)
+    def function(x: Tensor, bias: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
+        return quantized_linear(x, a, b, lut, indices=indices, bias=bias)
+
+    assert torch.autograd.gradcheck(function, [*leaves, *doubles])
+
+
+def test_what_is_kept_for_backward() -> None:
+    """Of the size of the weight only the indices, one byte each."""
+    v = {name: value.requires_grad_(True) for name, value in tensors().items()}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(5, IN)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quantized_linear(x, v["a"], v["b"], v["lut"], weight=v["weight"])
+    large = [tensor for tensor in kept if tensor.numel() >= OUT * IN]
+    assert [tensor.dtype for tensor in large] == [torch.uint8]
 
 
 def test_zero_scales_give_zero_weights() -> None:
     values = tensors()
     values["a"][3] = 0.0
     values["weight"][3, :4] = 0.0
-    fast = dequantized_weight(values["a"], values["b"], values["lut"], weight=values["weight"])
+    fast = searched(values)
     assert fast.isfinite().all() and (fast[3] == 0).all()
 
 
@@ -92,7 +115,7 @@ def test_weight_or_indices_not_both() -> None:
     indices = torch.zeros(OUT, IN, dtype=torch.uint8)
     for wrong in ({}, {"weight": v["weight"], "indices": indices}):
         with pytest.raises(ValueError, match="either"):
-            dequantized_weight(v["a"], v["b"], v["lut"], **wrong)
+            quantized_linear(torch.eye(IN), v["a"], v["b"], v["lut"], **wrong)
 
 
 def test_round_fp16_rounds_and_passes_gradients() -> None:
@@ -106,23 +129,22 @@ def test_round_fp16_rounds_and_passes_gradients() -> None:
     assert x.grad is not None and torch.equal(x.grad, upstream)
 
 
-def test_autocast_does_not_touch_value_or_gradients() -> None:
-    def run(context: AbstractContextManager[object]) -> list[Tensor]:
-        v = {name: value.requires_grad_(True) for name, value in tensors().items()}
-        with context:
-            w = dequantized_weight(
-                round_fp16(v["a"]), round_fp16(v["b"]), round_fp16(v["lut"]), weight=v["weight"]
-            )
-            product = v["a"] @ v["b"]
-        w.square().sum().backward()
-        grads = [value.grad for value in v.values() if value.grad is not None]
-        assert len(grads) == 4
-        return [w.detach(), *grads, product.detach()]
-
-    *plain, product = run(nullcontext())
-    *inside, low = run(torch.autocast("cpu", dtype=torch.bfloat16))
-    assert low.dtype == torch.bfloat16 and not torch.equal(low.float(), product)  # it was on
-    assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
+def test_autocast_touches_the_product_alone() -> None:
+    v = {name: value.requires_grad_(True) for name, value in tensors().items()}
+    a, b, lut = (round_fp16(v[name]) for name in ("a", "b", "lut"))
+    x = torch.randn(6, IN, generator=torch.Generator().manual_seed(4))
+    upstream = torch.randn(6, OUT, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = quantized_linear(x, a, b, lut, weight=v["weight"])
+    assert y.dtype == torch.bfloat16
+    w_q = searched({"a": a, "b": b, "lut": lut, "weight": v["weight"]}).detach()
+    assert torch.equal(y, x.bfloat16() @ w_q.bfloat16().T)  # W_q was exact until here
+    y.backward(upstream.bfloat16())
+    grad_w = (upstream.bfloat16().T @ x.bfloat16()).float()
+    grad_scale = grad_w * (w_q / (a @ b)).detach()
+    assert v["weight"].grad is not None and torch.equal(v["weight"].grad, grad_w)
+    assert v["a"].grad is not None and v["a"].grad.dtype == torch.float32
+    assert torch.allclose(v["a"].grad, grad_scale @ b.detach().T, rtol=1e-4, atol=1e-5)
 
 
 def test_lookup() -> None:
@@ -136,5 +158,6 @@ def test_given_indices_and_searched_ones_agree(kind: Codebook) -> None:
     v = tensors()
     lut = make_codebook(kind, LUT)
     indices = assign(safe_ratio(v["weight"], v["a"] @ v["b"]), lut, affine=True)
-    searched = dequantized_weight(v["a"], v["b"], lut, weight=v["weight"], affine=True)
-    assert torch.equal(dequantized_weight(v["a"], v["b"], lut, indices=indices), searched)
+    given = quantized_linear(torch.eye(IN), v["a"], v["b"], lut, indices=indices).T
+    assert torch.equal(given, searched({**v, "lut": lut}, affine=True))
+    assert torch.equal(dequantized_weight(v["a"], v["b"], lut, indices), given)

@@ -115,7 +115,7 @@ def gradients(made: Trainer, count: int) -> dict[str, Tensor]:
 
     made.optimizer.register_step_pre_hook(keep)
     for _ in range(count):
-        made._step()
+        made.train_step()
     assert kept.keys() == {t.name for t in made.trainables}
     return kept
 

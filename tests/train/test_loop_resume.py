@@ -125,7 +125,7 @@ def test_a_non_finite_gradient_stops_before_the_step(cache: Path, tmp_path: Path
     def spoil(value: float) -> None:
         handle = bad.register_hook(lambda grad: torch.full_like(grad, value))
         with pytest.raises(NonFiniteError) as caught:
-            made._step()
+            made.train_step()
         handle.remove()
         made.optimizer.zero_grad()
         messages.append(str(caught.value))

@@ -118,7 +118,7 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
 
     stage(start(), place, tmp_path / "whole", ema=0.5)
     steps: list[int] = []
-    plain = Trainer._step
+    plain = Trainer.train_step
 
     def dies(self: Trainer) -> Any:
         steps.append(self.progress.step)
@@ -126,7 +126,7 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
             raise KilledError
         return plain(self)
 
-    monkeypatch.setattr(Trainer, "_step", dies)
+    monkeypatch.setattr(Trainer, "train_step", dies)
     with pytest.raises(KilledError):
         stage(start(), place, tmp_path / "parts", ema=0.5)
     assert steps == [0, 1, 2, 3]
@@ -137,7 +137,7 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
         steps.append(self.progress.step)
         return plain(self)
 
-    monkeypatch.setattr(Trainer, "_step", counts)
+    monkeypatch.setattr(Trainer, "train_step", counts)
     steps.clear()
     stage(start(), place, tmp_path / "other", ema=0.6)
     assert steps == [0, 1, 2, 3]

@@ -1,0 +1,118 @@
+"""The elementwise work on a quantized weight: levels looked up, indices searched, sums per level.
+
+Each function runs as it stands (the reference) or compiled into one pass over memory
+(torch.compile); both give the same bits. Layers too small to repay compiling, and machines without
+a compiler, take it as it stands. Compiled code compares with every level, which vectorizes;
+the reference looks the level up in memory.
+
+Shapes: values, scale, weight, indices (uint8) ``[out, in]``; LUT ``[n]`` sorted ascending.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORTH_COMPILING = 2**16  # entries of a weight
+_UNROLLED = 16  # levels; up to here comparisons beat a look-up
+
+
+def _levels(position: Tensor, lut: Tensor) -> Tensor:
+    """``lut[position]`` for whole-numbered float positions."""
+    size = lut.numel()
+    if size > _UNROLLED or not torch.compiler.is_compiling():
+        return lut.index_select(0, position.flatten().int()).view(position.shape)
+    level = torch.where(position > 0.5, lut[1], lut[0])
+    for k in range(2, size):
+        level = torch.where(position > k - 0.5, lut[k], level)
+    return level
+
+
+def _scaled_levels(values: Tensor, indices: Tensor, lut: Tensor) -> Tensor:
+    return values * _levels(indices.float(), lut)
+
+
+def affine_position(ratio: Tensor, lut: Tensor) -> Tensor:
+    """Index (as float) of the nearest of equally spaced levels; ties go to the lower one."""
+    last = lut.numel() - 1
+    per_unit = last / (lut[-1] - lut[0])
+    return (ratio * per_unit - lut[0] * per_unit - 0.5).ceil().clamp(0, last)
+
+
+def searched_position(ratio: Tensor, lut: Tensor) -> Tensor:
+    """Index (as float) of the nearest level of any sorted LUT; ties go to the lower one."""
+    edges = (lut[1:] + lut[:-1]) / 2
+    if lut.numel() > _UNROLLED or not torch.compiler.is_compiling():
+        return torch.bucketize(ratio, edges).float()
+    position = torch.where(ratio > edges[0], 1.0, 0.0)
+    for k in range(1, lut.numel() - 1):
+        position = torch.where(ratio > edges[k], k + 1.0, position)
+    return position
+
+
+def _quantized(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+    ratio = weight / scale
+    ratio = torch.where(ratio.isnan(), 0.0, ratio)  # 0 / 0; a scale of 0 alone gives +-inf
+    position = affine_position(ratio, lut) if affine else searched_position(ratio, lut)
+    return scale * _levels(position, lut), position.to(torch.uint8)
+
+
+def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    position = indices.float()
+    rows = [torch.where(position == k, values, 0.0).sum(dim=1) for k in range(size)]
+    return torch.stack(rows)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled for any shape; as it stands from the first failed attempt on."""
+    compiled = torch.compile(function, dynamic=True)
+    works = True
+
+    def call(*args: Any) -> Any:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                works = False
+                reason = str(error).strip().splitlines()[0]
+                print(f"not compiling {function.__name__} ({reason}); slower", file=sys.stderr)
+        return function(*args)
+
+    return call
+
+
+def _call(function: Callable[..., Any], first: Tensor, *rest: Any) -> Any:
+    worth = first.numel() >= _WORTH_COMPILING and first.device.type in ("cpu", "cuda")
+    return (_compiled(function) if worth else function)(first, *rest)
+
+
+def scaled_levels(values: Tensor, indices: Tensor, lut: Tensor) -> Tensor:
+    """``values * LUT[indices]``: W_q from S, and the gradient of S from that of W_q."""
+    return _call(_scaled_levels, values, indices, lut)
+
+
+def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tuple[Tensor, Tensor]:
+    """``(LUT[idx] * S, idx)`` for the nearest levels idx (uint8) of ``weight / scale``.
+
+    Args:
+        affine: the levels are equally spaced; a rounding replaces the comparisons.
+    """
+    return _call(_quantized, weight, scale, lut, affine)
+
+
+def level_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Sum of the values that belong to each level, ``[n]``, exact to float32.
+
+    Rows are summed in float32, their sums in float64 (Apple's GPUs have none: float32 there): a
+    level collects up to millions of terms.
+    """
+    rows = _call(_row_sums, values, indices, size)  # [n, out]
+    exact = rows if rows.device.type == "mps" else rows.double()
+    return exact.sum(dim=1).to(values.dtype)
