@@ -12,8 +12,9 @@ from lib.base.device import resolve_device, set_threads
 from lib.base.errors import exit_on_error
 from lib.base.files import fingerprint, write_json
 from lib.base.scratch import scratch_folder
+from lib.base.workers import is_main, join, local_device, start_workers
 from lib.cache.spec import CacheSpec
-from lib.capture.build import build_cache, cache_statistics
+from lib.capture.build import build_cache, cache_metrics
 from lib.model.load import folder_fingerprint, load_causal_lm, tokenizer_fingerprint
 from lib.params.load import stage_params
 from lib.text.sequences import TokenSet
@@ -22,9 +23,12 @@ from lib.text.sequences import TokenSet
 def main(teacher: Path, tokens: Path, out: Path) -> None:
     """Build the cache of both splits; a killed build resumes at its last finished shard."""
     params = stage_params("cache")
+    if start_workers("cache", params.run.processes):
+        return
     wanted = params.cache
     set_threads(params.run.threads)
-    device = resolve_device(params.run.device)
+    device = local_device(resolve_device(params.run.device))
+    join(device)
     model = load_causal_lm(teacher)
     marks = {"teacher": folder_fingerprint(teacher), "tokenizer": tokenizer_fingerprint(teacher)}
     sets = {split: TokenSet(tokens / split) for split in ("train", "val")}
@@ -48,9 +52,8 @@ def main(teacher: Path, tokens: Path, out: Path) -> None:
         for split, rows in sets.items():
             folders = (out / split, scratch / split)
             build_cache(model, rows, specs[split], *folders, **sizes, device=device)
-        train, val = (cache_statistics(out / split) for split in sets)
-        extra = {"val_sequences": val["sequences"], "val_tokens": val["tokens"]}
-        write_json(out / "metrics.json", {"cache": {**train, **extra}})
+        if is_main():
+            write_json(out / "metrics.json", {"cache": cache_metrics(out)})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lib.base.errors import exit_on_error
+from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.train.run import start_from_checkpoint, train_stage
 
@@ -16,6 +17,8 @@ from lib.train.run import start_from_checkpoint, train_stage
 def main(checkpoint: Path, cache: Path, out: Path) -> None:
     """Train a checkpoint as the section `finetune` says."""
     params = stage_params("finetune")
+    if start_workers("finetune", params.run.processes):
+        return
     train_stage(
         "finetune",
         start_from_checkpoint(checkpoint),

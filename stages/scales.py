@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lib.base.errors import exit_on_error
+from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.params.specs import model_spec
 from lib.train.run import start_from_teacher, train_stage
@@ -17,6 +18,8 @@ from lib.train.run import start_from_teacher, train_stage
 def main(teacher: Path, cache: Path, out: Path) -> None:
     """Quantize the teacher and train its scales."""
     params = stage_params("scales")
+    if start_workers("scales", params.run.processes):
+        return
     train_stage(
         "scales",
         start_from_teacher(teacher, cache, model_spec(params.quant)),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -68,6 +70,13 @@ def _is_disk_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in numbers)
 
 
+def _let_the_first_process_speak() -> None:
+    """Of several processes with the same trouble one message is enough: when the first ends, the
+    launcher stops the others within this pause."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn a :class:`LutqatError` or a full disk into one line on stderr and its exit code.
@@ -78,6 +87,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except LutqatError as error:
+        _let_the_first_process_speak()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Exception as error:

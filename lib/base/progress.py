@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lib.base.workers import is_main
+
 T = TypeVar("T")
 
 
@@ -33,10 +35,15 @@ class _Rate(ProgressColumn):
 def track(iterable: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Yield the items of ``iterable`` while showing count, rate and time left on stderr.
 
+    Of several processes that work together only the first shows them.
+
     Args:
         total: number of items expected (items beyond it are yielded too).
         label: what is being done, a few words.
     """
+    if not is_main():
+        yield from iterable
+        return
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),

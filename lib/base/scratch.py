@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib.base.errors import BusyError
+from lib.base.workers import is_main
 
 SCRATCH = ".ckpt"
 
@@ -29,6 +30,8 @@ def work_root() -> Path:
 def scratch_folder(stage: str, key: str) -> Iterator[Path]:
     """Hold the scratch folder of one run; it is deleted on success and kept on any failure.
 
+    Of several processes that work together the first holds it for all.
+
     What an earlier, killed run of the same key left is still in it. The lock is the operating
     system's, so it ends with the process that holds it, however that dies.
 
@@ -36,6 +39,9 @@ def scratch_folder(stage: str, key: str) -> Iterator[Path]:
         BusyError: another process (or thread) is running the same stage with the same key.
     """
     folder = work_root() / SCRATCH / stage / key
+    if not is_main():
+        yield folder
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{key}.lock"), timeout=0)
     try:

@@ -257,9 +257,16 @@ class CachedBatch:
     """float32 ``[B, P, n]``: logsumexp(logprob / T) for each of the spec's temperatures."""
 
     def to(self, device: torch.device | str) -> CachedBatch:
-        """The same batch on another device."""
+        """The same batch on another device; a copy to a GPU does not wait for it."""
+        target = torch.device(device)
+
+        def moved(value: Tensor) -> Tensor:
+            if target.type == "cuda" and value.device.type == "cpu":
+                return value.pin_memory().to(target, non_blocking=True)
+            return value.to(target)
+
         fields = dataclasses.fields(self)
-        return CachedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields})
+        return CachedBatch(**{f.name: moved(getattr(self, f.name)) for f in fields})
 
 
 class CacheReader:

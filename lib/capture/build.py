@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import CorruptError, InputError, LutqatError, MismatchError, NonFiniteError
-from lib.base.files import atomic_folder
+from lib.base.files import atomic_folder, read_json, write_json
 from lib.base.progress import track
+from lib.base.workers import is_main, rank, wait_for_everyone, world_size
 from lib.cache.shards import (
     CacheReader,
     ShardEntry,
     check_shard,
-    read_index,
     shard_name,
     write_index,
     write_shard,
@@ -53,8 +52,9 @@ def build_cache(
     """Write the teacher's cache of one token set to the folder ``out``, replacing it whole.
 
     Finished shards stay in ``scratch`` until its owner deletes it: a build killed at any moment
-    goes on at the first unfinished shard and ends with the same bytes, since the rows of a shard
-    are forwarded in the same batches whatever happened before. (``out`` gets links to them, not
+    goes on with the unfinished shards and ends with the same bytes, since the rows of a shard
+    are forwarded in the same batches whatever happened before. Several processes share the
+    shards; the first of them writes ``out``. (``out`` gets links to them, not
     a second copy, where the file system can.)
 
     Args:
@@ -72,7 +72,9 @@ def build_cache(
     with torch.inference_mode():
         check_head(model, tokens)
         _fill(model, tokens, spec, scratch, batch_size, shard_sequences)
-    _publish(scratch, out)
+    wait_for_everyone()
+    if is_main():
+        _publish(scratch, out, spec, _plan(len(tokens.input_ids), shard_sequences))
 
 
 def check_inputs(model: PreTrainedModel, tokens: TokenSet, spec: CacheSpec) -> None:
@@ -148,21 +150,22 @@ def check_head(model: PreTrainedModel, tokens: TokenSet) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    shard: int
+class _Shard(NamedTuple):
+    """A shard that is to hold rows ``first`` to ``stop``."""
+
+    number: int
     first: int
     stop: int
-    ends_shard: bool
 
 
-def _plan(rows: int, first_shard: int, shard_sequences: int, batch_size: int) -> Iterator[_Batch]:
-    """Batches of the shards from ``first_shard`` on; none crosses a shard."""
-    for start in range(first_shard * shard_sequences, rows, shard_sequences):
-        end = min(start + shard_sequences, rows)
-        for first in range(start, end, batch_size):
-            stop = min(first + batch_size, end)
-            yield _Batch(start // shard_sequences, first, stop, stop == end)
+def _plan(rows: int, shard_sequences: int) -> list[_Shard]:
+    starts = range(0, rows, shard_sequences)
+    return [_Shard(n, at, min(at + shard_sequences, rows)) for n, at in enumerate(starts)]
+
+
+def _entry_file(folder: Path, shard: _Shard) -> Path:
+    """Where the index entry of a finished shard waits until all are finished."""
+    return (folder / shard_name(shard.number)).with_suffix(".json")
 
 
 def _fill(
@@ -173,42 +176,37 @@ def _fill(
     batch_size: int,
     shard_sequences: int,
 ) -> None:
-    """Complete the shards in ``folder``; its index grows with every one."""
-    rows = len(tokens.input_ids)
-    entries = _finished(folder, spec, rows, shard_sequences)
-    batches = list(_plan(rows, len(entries), shard_sequences, batch_size))
+    """Complete this process's share of the shards in ``folder``."""
+    plan = _plan(len(tokens.input_ids), shard_sequences)
+    missing = [shard for shard in plan if _finished(folder, spec, shard) is None]
+    wait_for_everyone()  # until all have looked: their shares must not overlap
+    mine = missing[rank() :: world_size()]
+    batches = [
+        (shard, first, min(first + batch_size, shard.stop))
+        for shard in mine
+        for first in range(shard.first, shard.stop, batch_size)
+    ]
     parts: list[dict[str, np.ndarray]] = []
-    for batch in track(batches, len(batches), f"cache {spec.split}"):
-        parts.append(capture_rows(model, tokens, spec, batch.first, batch.stop))
-        if not batch.ends_shard:
-            continue
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        first = batch.shard * shard_sequences
-        entries.append(write_shard(folder, batch.shard, spec, first, columns))
-        write_index(folder, spec, rows, entries)
-        parts = []
+    for shard, first, stop in track(batches, len(batches), f"cache {spec.split}"):
+        parts.append(capture_rows(model, tokens, spec, first, stop))
+        if stop == shard.stop:
+            columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            entry = write_shard(folder, shard.number, spec, shard.first, columns)
+            write_json(_entry_file(folder, shard), dataclasses.asdict(entry))
+            parts = []
 
 
-def _finished(folder: Path, spec: CacheSpec, rows: int, shard_sequences: int) -> list[ShardEntry]:
-    """The intact shards that an earlier, killed build left, up to the first that is not."""
+def _finished(folder: Path, spec: CacheSpec, shard: _Shard) -> ShardEntry | None:
+    """The entry of a shard that an earlier, killed build finished and that is intact."""
     try:
-        index = read_index(folder)
-    except LutqatError:
-        return []
-    if index.spec != spec or index.rows != rows:
-        return []
-    entries = []
-    for number, entry in enumerate(index.shards):
-        first = number * shard_sequences
-        planned = (shard_name(number), first, min(shard_sequences, rows - first))
+        entry = ShardEntry(**read_json(_entry_file(folder, shard)))
+        planned = (shard_name(shard.number), shard.first, shard.stop - shard.first)
         if (entry.file, entry.first, entry.rows) != planned:
-            break
-        try:
-            check_shard(folder, spec, entry)
-        except LutqatError:
-            break
-        entries.append(entry)
-    return entries
+            return None
+        check_shard(folder, spec, entry)
+    except (LutqatError, TypeError):
+        return None
+    return entry
 
 
 def capture_rows(
@@ -282,16 +280,16 @@ def _check_finite(finite: Tensor, start: int, first: int, spec: CacheSpec) -> No
         )
 
 
-def _publish(scratch: Path, out: Path) -> None:
+def _publish(scratch: Path, out: Path, spec: CacheSpec, plan: list[_Shard]) -> None:
     """Make ``out`` hold the finished cache of ``scratch``."""
-    index = read_index(scratch)
+    entries = [ShardEntry(**read_json(_entry_file(scratch, shard))) for shard in plan]
     with atomic_folder(out) as folder:
-        for entry in index.shards:
+        for entry in entries:
             try:
                 os.link(scratch / entry.file, folder / entry.file)
             except OSError:  # another file system, or one without links
                 shutil.copyfile(scratch / entry.file, folder / entry.file)
-        write_index(folder, index.spec, index.rows, index.shards)
+        write_index(folder, spec, sum(entry.rows for entry in entries), entries)
 
 
 def cache_statistics(folder: Path) -> dict[str, Any]:
@@ -314,3 +312,9 @@ def cache_statistics(folder: Path) -> dict[str, Any]:
         "bytes_per_token": round(reader.spec.bytes_per_token(), 1),
         "topk_mass": round(mass / max(tokens, 1), 6),
     }
+
+
+def cache_metrics(folder: Path) -> dict[str, Any]:
+    """Figures of the training split, with the size of the validation split."""
+    train, val = (cache_statistics(folder / split) for split in ("train", "val"))
+    return {**train, "val_sequences": val["sequences"], "val_tokens": val["tokens"]}

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.base.errors import MismatchError
+from lib.base.workers import rank, total, world_size
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.cache.spec import CacheSpec
 from lib.distill.head import candidate_logits, full_vocabulary, shared_logits
@@ -22,7 +23,7 @@ class LossSums:
 
     total: Tensor
     kd: Tensor
-    count: int
+    count: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Objective:
         return LossSums(
             torch.where(mask, total, zero).sum(),
             torch.where(mask, kd, zero).sum().detach(),
-            int(mask.sum()),
+            mask.sum(),
         )
 
     def _terms(
@@ -101,6 +102,18 @@ class Objective:
         return kd, extra
 
 
+class Distillation(nn.Module):
+    """A model and its objective as one module: what data parallelism wraps."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: CachedBatch) -> LossSums:
+        """Loss sums of one batch."""
+        return self.objective(self.model, batch)
+
+
 EVAL_BATCH = 8  # sequences; one quantization of the model serves a whole forward pass
 
 
@@ -114,16 +127,21 @@ def held_out_kd(
 ) -> float:
     """Mean KD loss over the first ``sequences`` sequences of a cache (all, if it has fewer).
 
-    Only the KD term counts: stages with other hard-label weights stay comparable.
+    Several processes share the sequences, and all get the mean. Only the KD term counts: stages
+    with other hard-label weights stay comparable.
     """
     measure = replace(objective, distill_weight=1.0, hard_top1_weight=0.0, hard_full_weight=0.0)
     count = min(sequences, len(cache))
     kd_sum, positions = 0.0, 0
-    for start in range(0, count, EVAL_BATCH):
+    for start in range(rank() * EVAL_BATCH, count, world_size() * EVAL_BATCH):
         batch = cache.batch(np.arange(start, min(start + EVAL_BATCH, count)))
         sums = measure(model, batch.to(device))
         kd_sum += float(sums.kd)
-        positions += sums.count
+        positions += int(sums.count)
+    if world_size() > 1:
+        both = torch.tensor([kd_sum, positions], dtype=torch.float64, device=device)
+        both = total(both)
+        kd_sum, positions = float(both[0]), int(both[1])
     return kd_sum / max(positions, 1)
 
 

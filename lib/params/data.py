@@ -192,7 +192,10 @@ class Run(Section):
     device: str = "auto"
     """`auto` (cuda, then mps, then cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
     threads: CountOrZero = 0
-    """CPU threads; 0 = all cores."""
+    """CPU threads of each process; 0 = all cores, shared evenly."""
+    processes: Count = 1
+    """Processes that train and build the cache together, on one GPU each (or sharing the CPU).
+    The batch is split among them: the result is that of one process, up to summation order."""
     log_every: Count = 10
     """Optimizer steps between two rows of log.csv."""
     wandb: str | None = None

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 
 from lib.base.errors import InputError
 from lib.base.files import write_json, write_text
+from lib.base.workers import is_main
 from lib.params.data import Run
 from lib.train.loop import Report
 from lib.train.state import Progress, rows_to_csv
@@ -64,7 +65,11 @@ def reporting(
     stage: str, steps: int, folder: Path, run: Run, config: dict[str, Any]
 ) -> Iterator[Report]:
     """A callback that moves the progress bar, rewrites the metrics whenever the held-out loss
-    was measured (`dvc exp show` then has them mid-run), and feeds Weights & Biases if asked."""
+    was measured (`dvc exp show` then has them mid-run), and feeds Weights & Biases if asked.
+    Silent in all but the first of several processes."""
+    if not is_main():
+        yield lambda _progress, _tokens: None
+        return
     tracker = _start_wandb(run.wandb, stage, config) if run.wandb else None
     bar = Bar(
         TextColumn("{task.description}"),

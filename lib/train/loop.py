@@ -9,20 +9,26 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
+from lib.base.workers import is_main, join, rank, total, wait_for_everyone, world_size
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.linear import LutLinear, ParameterRole
-from lib.objective.distillation import LossSums, Objective, held_out_kd
+from lib.objective.distillation import Distillation, LossSums, Objective, held_out_kd
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
 from lib.train.roles import role_rates, select, settle_after, settle_before
 from lib.train.state import Progress, load_state, save_state
+
+_GPU_STEPS_UNSEEN = 10
 
 Report = Callable[[Progress, int], None]
 """Called after every step with the progress and the number of tokens trained so far."""
@@ -79,6 +85,12 @@ class Trainer:
     ) -> None:
         if params.dtype == "fp16" and device.type == "cpu":
             raise ParamsError("dtype fp16 has no use on the CPU; use fp32 or bf16 there")
+        if world_size() > params.batch_size:
+            raise ParamsError(
+                f"{world_size()} processes cannot share a batch of {params.batch_size} sequences; "
+                "raise batch_size or lower run.processes"
+            )
+        join(device)
         random.seed(params.seed)
         np.random.seed(params.seed)
         torch.manual_seed(params.seed)
@@ -92,11 +104,25 @@ class Trainer:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # Transformers checkpoints only in training mode
+        self.module = self._parallel(Distillation(model, objective))
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(enabled=params.dtype == "fp16" and device.type == "cuda")
         self.progress = Progress()
+        # asking a GPU for a number makes both wait: there losses are looked at every few steps
+        self.waits = device.type == "cuda"
         self.best: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
+
+    def _parallel(self, module: nn.Module) -> nn.Module:
+        """The module itself, or wrapped so that the processes' gradients are averaged."""
+        if world_size() == 1:
+            return module
+        # indices do not change while they are in use: nothing but gradients has to be exchanged
+        options = DistributedDataParallelKwargs(broadcast_buffers=False)
+        accelerator = Accelerator(
+            cpu=self.device.type == "cpu", device_placement=False, kwargs_handlers=[options]
+        )
+        return accelerator.prepare_model(module, device_placement=False)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         rates = role_rates(self.params)
@@ -156,51 +182,78 @@ class Trainer:
         return loss
 
     def _batches(self, step: int) -> Iterator[CachedBatch]:
+        """This process's share of each micro-batch of a step, on the CPU."""
         accumulate, size = self.params.grad_accum, self.params.batch_size
         for part in range(accumulate):
             rows = rows_of(step * accumulate + part, size, len(self.train_cache), self.params.seed)
-            yield self.train_cache.batch(rows).to(self.device)
+            yield self.train_cache.batch(rows[rank() :: world_size()])
 
-    def train_step(self) -> dict[str, float | int | None]:
-        """One optimizer step; returns its log row."""
+    def _backward(self, batches: list[CachedBatch]) -> Tensor:
+        """Gradients of the mean over all positions of all processes; returns (loss, KD loss)."""
+        count = torch.stack([batch.mask.sum() for batch in batches]).sum()
+        positions = total(count.to(self.device)).clamp_min(1).float()
+        means = torch.zeros(2, device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self._without_exchange():
+                with self._autocast():
+                    sums: LossSums = self.module(batch.to(self.device))
+                # the processes' gradients are averaged, and their sum is wanted
+                self.scaler.scale(sums.total * world_size() / positions).backward()
+            means += torch.stack([sums.total.detach().float(), sums.kd.float()]) / positions
+        return total(means)
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[object]:
+        """Gradients are exchanged once a step, with the last micro-batch."""
+        if isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; returns its log row, on a GPU with values still to be waited for."""
         step = self.progress.step
         factor = rate_factor(step, self.params)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         batches = list(self._batches(step))
-        positions = max(1, sum(int(batch.mask.sum()) for batch in batches))
-        loss = kd = 0.0
-        for batch in batches:
-            with self._autocast():
-                sums: LossSums = self.objective(self.model, batch)
-            self.scaler.scale(sums.total / positions).backward()
-            loss += float(sums.total.detach()) / positions
-            kd += float(sums.kd) / positions
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"loss is {loss} at step {step + 1}: {self._first_bad(batches)}")
-        norm = self._clip(step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._after_update()
-        self.progress.step += 1
-        return {
+        loss, kd = self._backward(batches)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.params.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit)
+        row = {
             "step": step + 1,
             "loss": loss,
             "kd_loss": kd,
             "rate_factor": factor,
             "gradient_norm": norm,
         }
+        if not self.waits:
+            self._check(row, batches)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._after_update()
+        self.progress.step += 1
+        return row
 
-    def _clip(self, step: int) -> float | None:
-        """Clip the gradients; returns their norm, None where the scaler will skip the step."""
-        self.scaler.unscale_(self.optimizer)
-        limit = self.params.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit))
-        if math.isfinite(norm):
-            return norm
+    def _check(self, row: dict[str, Any], batches: list[CachedBatch]) -> None:
+        """Turn a row's tensors into numbers.
+
+        Raises:
+            NonFiniteError: the loss is not finite, or the gradient where no scaler skips it.
+        """
+        for key in ("loss", "kd_loss", "gradient_norm"):
+            row[key] = float(row[key])
+        if not math.isfinite(row["loss"]):
+            moved = (batch.to(self.device) for batch in batches)
+            raise NonFiniteError(
+                f"loss is {row['loss']} at step {row['step']}: {self._first_bad(moved)}"
+            )
+        if math.isfinite(row["gradient_norm"]):
+            return
         if self.scaler.is_enabled():
-            return None
+            row["gradient_norm"] = None  # the scaler skips such a step
+            return
         bad = [
             t.name
             for t in self.trainables
@@ -208,7 +261,7 @@ class Trainer:
         ]
         # each can be finite and their norm not
         where = f"gradient of {bad[0]}" if bad else "the norm of all gradients"
-        raise NonFiniteError(f"{where} is not finite at step {step + 1}")
+        raise NonFiniteError(f"{where} is not finite at step {row['step']}")
 
     @torch.no_grad()
     def _after_update(self) -> None:
@@ -257,7 +310,9 @@ class Trainer:
             state = self.scaler.state_dict()
             values = [state["scale"], state["_growth_tracker"]]
             extra["scaler"] = torch.tensor(values, dtype=torch.float64)
-        save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
+        if is_main():
+            save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
+        wait_for_everyone()
 
     def _resume(self) -> bool:
         loaded = load_state(self.state_folder, self.trainables, self.optimizer)
@@ -283,22 +338,35 @@ class Trainer:
         """
         params = self.params
         if self._resume():
-            print(f"going on after step {self.progress.step} of {params.steps}", file=sys.stderr)
+            if is_main():
+                print(
+                    f"going on after step {self.progress.step} of {params.steps}", file=sys.stderr
+                )
         else:
             if params.ema > 0:
                 self.average = self._snapshot()
             self.progress.initial_loss = self._evaluate()
             self.progress.rows.append({"step": 0, "val_kd_loss": self.progress.initial_loss})
         tokens_per_step = params.batch_size * params.grad_accum * self.train_cache.spec.max_length
+        waiting: list[dict[str, Any]] = []
         while self.progress.step < params.steps:
             row = self.train_step()
-            last = self.progress.step == params.steps
-            if self.progress.step % params.eval_every == 0 or last:
+            step, last = self.progress.step, self.progress.step == params.steps
+            evaluates = step % params.eval_every == 0 or last
+            saves = step % params.checkpoint_every == 0 and not last
+            waiting.append(row)
+            if self.waits and not (evaluates or saves or len(waiting) == _GPU_STEPS_UNSEEN):
+                continue
+            for seen in waiting:
+                if self.waits:
+                    self._check(seen, [])
+                self.progress.rows.append(seen)
+            waiting.clear()
+            if evaluates:
                 row["val_kd_loss"] = self._evaluate()
-            self.progress.rows.append(row)
-            if self.progress.step % params.checkpoint_every == 0 and not last:
+            if saves:
                 self._save()
-            report(self.progress, self.progress.step * tokens_per_step)
+            report(self.progress, step * tokens_per_step)
         self._restore(self.best)
         settle_after(self.trainables)
         self.model.eval()
