@@ -12,7 +12,7 @@ from lib.base.device import resolve_device, set_threads
 from lib.base.errors import exit_on_error
 from lib.base.files import fingerprint, write_json
 from lib.base.scratch import scratch_folder
-from lib.base.workers import is_main, join, local_device, start_workers
+from lib.base.workers import is_main, join, start_workers
 from lib.cache.spec import CacheSpec
 from lib.capture.build import build_cache, cache_metrics
 from lib.model.load import folder_fingerprint, load_causal_lm, tokenizer_fingerprint
@@ -27,8 +27,7 @@ def main(teacher: Path, tokens: Path, out: Path) -> None:
         return
     wanted = params.cache
     set_threads(params.run.threads)
-    device = local_device(resolve_device(params.run.device))
-    join(device)
+    device = join(resolve_device(params.run.device))
     model = load_causal_lm(teacher)
     marks = {"teacher": folder_fingerprint(teacher), "tokenizer": tokenizer_fingerprint(teacher)}
     sets = {split: TokenSet(tokens / split) for split in ("train", "val")}

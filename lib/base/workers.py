@@ -44,13 +44,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process where there are several; any other device unchanged."""
-    if world_size() > 1 and device.type == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
-
-
 @cache
 def _joined(cpu: bool) -> None:
     from accelerate import PartialState
@@ -58,10 +51,15 @@ def _joined(cpu: bool) -> None:
     PartialState(cpu=cpu)
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes (no effect alone). To be called once the device is known."""
-    if world_size() > 1:
-        _joined(device.type == "cpu")
+def join(device: torch.device) -> torch.device:
+    """Meet the other processes and return this one's device: of several GPUs its own. No effect
+    alone."""
+    if world_size() == 1:
+        return device
+    _joined(device.type == "cpu")
+    if device.type == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
 
 
 def total(values: Tensor) -> Tensor:

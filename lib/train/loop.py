@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
-from lib.base.workers import is_main, join, rank, total, wait_for_everyone, world_size
+from lib.base.workers import is_main, rank, total, wait_for_everyone, world_size
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.linear import LutLinear, ParameterRole
 from lib.objective.distillation import Distillation, LossSums, Objective, held_out_kd
@@ -90,7 +90,6 @@ class Trainer:
                 f"{world_size()} processes cannot share a batch of {params.batch_size} sequences; "
                 "raise batch_size or lower run.processes"
             )
-        join(device)
         random.seed(params.seed)
         np.random.seed(params.seed)
         torch.manual_seed(params.seed)

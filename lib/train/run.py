@@ -12,7 +12,7 @@ from lib.base.device import resolve_device, set_threads
 from lib.base.errors import InputError, MismatchError, NonFiniteError
 from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
-from lib.base.workers import is_main, local_device
+from lib.base.workers import is_main, join
 from lib.cache.shards import CacheReader
 from lib.model.calibrate import input_importance
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
@@ -93,7 +93,7 @@ def train_stage(
         BusyError: another process trains the same run.
     """
     set_threads(run.threads)
-    device = local_device(resolve_device(run.device))
+    device = join(resolve_device(run.device))
     expect: dict[str, Any] = {
         "teacher": start.teacher,
         "vocab_size": start.model.config.vocab_size,
