@@ -55,11 +55,23 @@ def searched_position(ratio: Tensor, lut: Tensor) -> Tensor:
     return position
 
 
-def _quantized(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+def _nearest(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> Tensor:
     ratio = weight / scale
     ratio = torch.where(ratio.isnan(), 0.0, ratio)  # 0 / 0; a scale of 0 alone gives +-inf
-    position = affine_position(ratio, lut) if affine else searched_position(ratio, lut)
+    return affine_position(ratio, lut) if affine else searched_position(ratio, lut)
+
+
+def _quantized(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+    position = _nearest(weight, scale, lut, affine)
     return scale * _levels(position, lut), position.to(torch.uint8)
+
+
+def _level_moments(
+    weight: Tensor, scale: Tensor, lut: Tensor, used: Tensor, affine: bool
+) -> tuple[Tensor, Tensor]:
+    level = _levels(_nearest(weight, scale, lut, affine), lut)
+    part = used * level
+    return part * level, part * weight
 
 
 def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
@@ -105,6 +117,13 @@ def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tu
         affine: the levels are equally spaced; a rounding replaces the comparisons.
     """
     return _call(_quantized, weight, scale, lut, affine)
+
+
+def level_moments(
+    weight: Tensor, scale: Tensor, lut: Tensor, used: Tensor, *, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """``(h q^2, h W q)`` for the nearest levels q of ``weight / scale`` and h = ``used [in]``."""
+    return _call(_level_moments, weight, scale, lut, used, affine)
 
 
 def level_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:

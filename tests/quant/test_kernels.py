@@ -57,6 +57,18 @@ def test_compiled_equals_plain(size: int, affine: bool, compiled_calls: list[str
     assert w_q.isfinite().all() and int(indices.max()) == size - 1
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_level_moments(affine: bool, compiled_calls: list[str]) -> None:
+    weight, scale = operands()
+    lut, used = make_codebook(Codebook.UNIFORM, 4), torch.linspace(0, 2, IN)
+    squares, products = kernels.level_moments(weight, scale, lut, used, affine=affine)
+    _, indices = kernels._quantized(weight, scale, lut, affine)
+    level = lut[indices.long()]
+    assert compiled_calls == ["_level_moments"]
+    torch.testing.assert_close(squares, used * level**2)
+    torch.testing.assert_close(products, used * level * weight)
+
+
 def test_level_sums_against_float64(compiled_calls: list[str]) -> None:
     values, _ = operands()
     generator = torch.Generator().manual_seed(1)

@@ -60,7 +60,7 @@ def test_weighted_error_is_the_equation() -> None:
 def test_solve_rows_is_damped_least_squares() -> None:
     weight, a, b, used = problem()
     levels = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
-    solved = _solve_rows(weight, levels, b, used, a)
+    solved = _solve_rows(levels**2 * used, weight * levels * used, b, a)
     for i in range(OUT):
         design = (levels[i] * b).T  # [in, r]
         gram = design.T @ (used[:, None] * design)
@@ -75,15 +75,14 @@ def test_solve_rows_is_damped_least_squares() -> None:
 def test_no_half_step_raises_the_error(size: int, seed: int) -> None:
     weight, a, b, used = problem(seed)
     lut = make_codebook(Codebook.UNIFORM, size)
-    even = torch.ones(OUT)
     errors = [slow_error(weight, quantized(weight, a, b, lut), used)]
     for _ in range(4):
         levels = lookup(lut, assign(safe_ratio(weight, a @ b), lut, affine=True))
-        a = _solve_rows(weight, levels, b, used, a)
+        a = _solve_rows(levels**2 * used, weight * levels * used, b, a)
         errors.append(slow_error(weight, levels * (a @ b), used))
         errors.append(slow_error(weight, quantized(weight, a, b, lut), used))
         levels = lookup(lut, assign(safe_ratio(weight, a @ b), lut, affine=True))
-        b = _solve_rows(weight.T, levels.T, a.T, even, b.T).T.contiguous()
+        b = _solve_rows(levels.T**2, (weight * levels).T, a.T, b.T).T.contiguous()
         errors.append(slow_error(weight, levels * (a @ b), used))
         errors.append(slow_error(weight, quantized(weight, a, b, lut), used))
     assert all(later <= earlier * (1 + 1e-4) for earlier, later in pairwise(errors))

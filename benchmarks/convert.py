@@ -1,0 +1,157 @@
+"""Seconds and peak memory of quantizing a model and of converting it from 4 to 2 bits.
+
+    python -m benchmarks.convert
+
+Both as in the default experiment: importance-weighted refits, here with made-up importances (their
+calibration pass is timed on its own), random weights of SmolLM2-135M's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.record import machine, save
+from benchmarks.rivals import Contest, Rival
+
+CALIBRATION = 32  # sequences of 128 tokens, as in the default experiment
+
+
+def _specs() -> tuple[Any, Any]:
+    from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
+
+    q4 = LinearSpec(
+        lut_size=16,
+        rank=4,
+        group_size=32,
+        scale=ScaleForm.LOWRANK,
+        codebook=Codebook.UNIFORM,
+        refit_steps=8,
+    )
+    q2 = LinearSpec(
+        lut_size=4,
+        rank=32,
+        group_size=32,
+        scale=ScaleForm.DIRECTIONAL,
+        codebook=Codebook.UNIFORM,
+        range=0.65,
+        refit_steps=8,
+    )
+    attention = LinearSpec(
+        lut_size=16,
+        rank=8,
+        group_size=32,
+        scale=ScaleForm.DIRECTIONAL,
+        codebook=Codebook.UNIFORM,
+        refit_steps=8,
+    )
+    return ModelSpec(mlp=q4, attention=q4), ModelSpec(mlp=q2, attention=attention)
+
+
+def _importance(model: Any) -> dict[str, Any]:
+    import torch
+
+    from lib.model.surgery import projections
+
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(module.in_features, generator=generator) + 0.1
+        for name, module in projections(model).items()
+    }
+
+
+def build_quantize(config: dict[str, Any]) -> Callable[[], None]:
+    """Quantize a fresh model each time; its loading is not counted, as it is kept aside."""
+    import copy
+
+    from benchmarks.shapes import random_model
+    from lib.model.surgery import projections, quantize_model, replace_module
+
+    model = random_model(config["shape"])
+    importance = _importance(model)
+    plain = dict(projections(model))
+    spec, _ = _specs()
+    copied = copy.copy(plain)
+
+    def step() -> None:
+        for name, module in copied.items():
+            replace_module(model, name, module)
+        quantize_model(model, spec, importance)
+
+    return step
+
+
+def build_convert(config: dict[str, Any]) -> Callable[[], None]:
+    """Convert the same 4-bit model each time."""
+    from benchmarks.shapes import random_model
+    from lib.convert.convert import convert_model
+    from lib.model.surgery import quantize_model, quantized_layers, replace_module
+
+    model = random_model(config["shape"])
+    importance = _importance(model)
+    q4, q2 = _specs()
+    quantize_model(model, q4, importance)
+    before = dict(quantized_layers(model))
+
+    def step() -> None:
+        for name, layer in before.items():
+            replace_module(model, name, layer)
+        convert_model(model, q2, importance)
+
+    return step
+
+
+def build_calibrate(config: dict[str, Any]) -> Callable[[], None]:
+    """The pass over calibration text that either needs first."""
+    import torch
+
+    from benchmarks.shapes import random_model
+    from lib.model.calibrate import input_importance
+
+    model = random_model(config["shape"])
+    ids = torch.randint(0, model.config.vocab_size, (CALIBRATION, 128))
+    lengths = torch.full((CALIBRATION,), 128)
+
+    def step() -> None:
+        input_importance(model, ids, lengths)
+
+    return step
+
+
+def main() -> None:
+    """Time both and write ``results/convert.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    on = machine()
+    common = {"shape": "smollm2-135m", "threads": options.threads, "warmup": 1}
+    rivals = [
+        Rival("quantize", build_quantize, common),
+        Rival("convert", build_convert, common),
+        Rival("calibrate", build_calibrate, common),
+    ]
+    for rival in rivals:
+        with Contest() as contest:
+            contest.enter(rival)
+            for _ in range(options.rounds):
+                contest.round()
+    median = {rival.name: statistics.median(rival.seconds) for rival in rivals}
+    save(
+        "convert",
+        config=vars(options),
+        samples={r.name: {"seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in rivals},
+        summary={
+            "quantize_seconds": median["quantize"],
+            "convert_seconds": median["convert"],
+            "calibrate_seconds": median["calibrate"],
+            "convert_peak_gb": rivals[1].peak_bytes / 1e9,
+        },
+        on=on,
+    )
+
+
+if __name__ == "__main__":
+    main()
