@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.base.compiled import fused
 from lib.base.errors import CorruptError, InputError, LutqatError, MismatchError, NonFiniteError
 from lib.base.files import atomic_folder, read_json, write_json
 from lib.base.progress import track
@@ -35,6 +36,7 @@ from lib.text.sequences import TokenSet
 CHUNK_BYTES = 32 * 2**20  # of float32 logits that exist at a time
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-2  # of the largest logit: what bfloat16 loses (2^-8), plus a little
+_WORTH_COMPILING = 2**20  # logits of a chunk
 _HALF_MIN = torch.finfo(torch.float16).min
 
 
@@ -192,19 +194,21 @@ def _fill(
         if stop == shard.stop:
             columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             entry = write_shard(folder, shard.number, spec, shard.first, columns)
-            write_json(_entry_file(folder, shard), dataclasses.asdict(entry))
+            about = {"spec": spec.fingerprint, "entry": dataclasses.asdict(entry)}
+            write_json(_entry_file(folder, shard), about)
             parts = []
 
 
 def _finished(folder: Path, spec: CacheSpec, shard: _Shard) -> ShardEntry | None:
     """The entry of a shard that an earlier, killed build finished and that is intact."""
     try:
-        entry = ShardEntry(**read_json(_entry_file(folder, shard)))
+        about = read_json(_entry_file(folder, shard))
+        entry = ShardEntry(**about["entry"])
         planned = (shard_name(shard.number), shard.first, shard.stop - shard.first)
-        if (entry.file, entry.first, entry.rows) != planned:
+        if (entry.file, entry.first, entry.rows) != planned or about["spec"] != spec.fingerprint:
             return None
         check_shard(folder, spec, entry)
-    except (LutqatError, TypeError):
+    except (LutqatError, TypeError, KeyError):
         return None
     return entry
 
@@ -242,16 +246,20 @@ def capture_rows(
     return {"input_ids": ids, "length": lengths, "negative_ids": drawn, **columns}
 
 
+def _sums(logits: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp ``[C]``, smallest logit ``[C]``, and logsumexp(log p / T) per T ``[C, n]``."""
+    largest = logits.amax(dim=1, keepdim=True)
+    below = logits - largest
+    partition = below.exp().sum(dim=1).log()
+    scaled = [(below / t).exp().sum(dim=1).log() - partition / t for t in temperatures]
+    stacked = torch.stack(scaled, dim=1) if scaled else logits.new_empty(len(logits), 0)
+    return largest[:, 0] + partition, logits.amin(dim=1), stacked
+
+
 def _read_logits(logits: Tensor, negatives: Tensor, spec: CacheSpec) -> dict[str, Tensor]:
     """What is kept of a chunk: ``logits [C, V]`` float32, ``negatives [C, R]`` ids."""
-    logsumexp = logits.logsumexp(dim=1)
+    logsumexp, smallest, scaled = fused(_sums, logits, spec.temperatures, worth=_WORTH_COMPILING)
     top = logits.topk(spec.top_k, dim=1)
-    scaled = [
-        torch.zeros_like(logsumexp)
-        if temperature == 1
-        else (logits / temperature).logsumexp(dim=1) - logsumexp / temperature
-        for temperature in spec.temperatures
-    ]
 
     def logprobs(values: Tensor) -> Tensor:
         return (values - logsumexp[:, None]).clamp(min=_HALF_MIN).half()
@@ -261,11 +269,9 @@ def _read_logits(logits: Tensor, negatives: Tensor, spec: CacheSpec) -> dict[str
         "topk_logprobs": logprobs(top.values),
         "negative_logprobs": logprobs(logits.gather(1, negatives)),
         "logsumexp": logsumexp,
-        "scaled_logsumexp": torch.stack(scaled, dim=1)
-        if scaled
-        else logsumexp.new_empty(len(logits), 0),
+        "scaled_logsumexp": scaled,
         # the smallest catches NaN and -inf, the log-sum-exp NaN and +inf
-        "finite": logits.amin(dim=1).isfinite() & logsumexp.isfinite(),
+        "finite": smallest.isfinite() & logsumexp.isfinite(),
     }
 
 
@@ -282,7 +288,7 @@ def _check_finite(finite: Tensor, start: int, first: int, spec: CacheSpec) -> No
 
 def _publish(scratch: Path, out: Path, spec: CacheSpec, plan: list[_Shard]) -> None:
     """Make ``out`` hold the finished cache of ``scratch``."""
-    entries = [ShardEntry(**read_json(_entry_file(scratch, shard))) for shard in plan]
+    entries = [ShardEntry(**read_json(_entry_file(scratch, shard))["entry"]) for shard in plan]
     with atomic_folder(out) as folder:
         for entry in entries:
             try:

@@ -10,13 +10,10 @@ Shapes: values, scale, weight, indices (uint8) ``[out, in]``; LUT ``[n]`` sorted
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from lib.base.compiled import fused
 
 _WORTH_COMPILING = 2**16  # entries of a weight
 _UNROLLED = 16  # levels; up to here comparisons beat a look-up
@@ -80,34 +77,9 @@ def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
     return torch.stack(rows)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled for any shape; as it stands from the first failed attempt on."""
-    compiled = torch.compile(function, dynamic=True)
-    works = True
-
-    def call(*args: Any) -> Any:
-        nonlocal works
-        if works:
-            try:
-                return compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                works = False
-                reason = str(error).strip().splitlines()[0]
-                print(f"not compiling {function.__name__} ({reason}); slower", file=sys.stderr)
-        return function(*args)
-
-    return call
-
-
-def _call(function: Callable[..., Any], first: Tensor, *rest: Any) -> Any:
-    worth = first.numel() >= _WORTH_COMPILING and first.device.type in ("cpu", "cuda")
-    return (_compiled(function) if worth else function)(first, *rest)
-
-
 def scaled_levels(values: Tensor, indices: Tensor, lut: Tensor) -> Tensor:
     """``values * LUT[indices]``: W_q from S, and the gradient of S from that of W_q."""
-    return _call(_scaled_levels, values, indices, lut)
+    return fused(_scaled_levels, values, indices, lut, worth=_WORTH_COMPILING)
 
 
 def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tuple[Tensor, Tensor]:
@@ -116,14 +88,14 @@ def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tu
     Args:
         affine: the levels are equally spaced; a rounding replaces the comparisons.
     """
-    return _call(_quantized, weight, scale, lut, affine)
+    return fused(_quantized, weight, scale, lut, affine, worth=_WORTH_COMPILING)
 
 
 def level_moments(
     weight: Tensor, scale: Tensor, lut: Tensor, used: Tensor, *, affine: bool
 ) -> tuple[Tensor, Tensor]:
     """``(h q^2, h W q)`` for the nearest levels q of ``weight / scale`` and h = ``used [in]``."""
-    return _call(_level_moments, weight, scale, lut, used, affine)
+    return fused(_level_moments, weight, scale, lut, used, affine, worth=_WORTH_COMPILING)
 
 
 def level_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
@@ -132,6 +104,6 @@ def level_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
     Rows are summed in float32, their sums in float64 (Apple's GPUs have none: float32 there): a
     level collects up to millions of terms.
     """
-    rows = _call(_row_sums, values, indices, size)  # [n, out]
+    rows = fused(_row_sums, values, indices, size, worth=_WORTH_COMPILING)  # [n, out]
     exact = rows if rows.device.type == "mps" else rows.double()
     return exact.sum(dim=1).to(values.dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.base import compiled
 from lib.quant import kernels
 from lib.quant.codebook import make_codebook
 from lib.quant.kernels import level_sums, quantized, scaled_levels
@@ -21,13 +22,13 @@ OUT, IN = 264, 256  # just enough entries to be compiled
 def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that ran compiled."""
     calls: list[str] = []
-    original = kernels._compiled
+    original = compiled._compiled
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         calls.append(function.__name__)
         return original(function)
 
-    monkeypatch.setattr(kernels, "_compiled", watched)
+    monkeypatch.setattr(compiled, "_compiled", watched)
     return calls
 
 
@@ -85,23 +86,3 @@ def test_small_layers_are_not_compiled(compiled_calls: list[str]) -> None:
     values = torch.ones(8, 8)
     scaled_levels(values, torch.zeros(8, 8, dtype=torch.uint8), lut)
     assert compiled_calls == []
-
-
-def test_a_failing_compiler_is_reported_once_and_does_without(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    attempts: list[int] = []
-
-    def broken(*_args: object) -> None:
-        attempts.append(1)
-        raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler")
-
-    def double(x: Tensor) -> Tensor:
-        return 2 * x
-
-    monkeypatch.setattr(torch, "compile", lambda *_args, **_options: broken)
-    call = kernels._compiled(double)
-    assert torch.equal(call(torch.ones(2)), torch.full((2,), 2.0))
-    assert torch.equal(call(torch.ones(2)), torch.full((2,), 2.0))
-    assert len(attempts) == 1
-    assert "not compiling double (no C++ compiler); slower" in capsys.readouterr().err
