@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -31,13 +32,12 @@ from lib.cache.shards import CacheReader
 from lib.capture.build import cache_statistics
 from lib.capture.texts import cache_texts
 from lib.evaluate.generate import baked, chat_ids, stream_text
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import quantize_calibrated
 from lib.model.checkpoint import read_config, save_checkpoint
 from lib.model.folders import check_replaceable, is_checkpoint, load_any
 from lib.model.load import folder_fingerprint, load_tokenizer
-from lib.model.surgery import quantize_model, quantized_layers
+from lib.model.surgery import has_masters
 from lib.model.teacher import bring_teacher
-from lib.objective.distillation import make_objective
 from lib.params.base import Section
 from lib.params.data import Cache, Run
 from lib.params.specs import model_spec
@@ -45,6 +45,7 @@ from lib.params.training import Distill, Quant, Scales
 from lib.snap.snap import snap_model
 from lib.train.log import reporting, result_of
 from lib.train.loop import Trainer
+from lib.train.run import objective_of
 
 AnyPath = str | Path
 _S = TypeVar("_S", bound=Section)
@@ -143,13 +144,14 @@ def quantize(
     """
     spec = model_spec(_section(Quant, quant, "quantize"))
     model = copy.deepcopy(teacher)
-    importance = None
-    if spec.calibration_sequences:
+
+    def sequences(count: int) -> tuple[Tensor, Tensor]:
         if cache is None:
             raise ParamsError("quantize: init 'importance' needs text; pass cache=FOLDER")
         reader = CacheReader(Path(cache) / "train", {"teacher": _teacher_of(teacher)})
-        importance = input_importance(model, *reader.sequences(spec.calibration_sequences))
-    quantize_model(model, spec, importance)
+        return reader.sequences(count)
+
+    quantize_calibrated(model, spec, sequences)
     model.requires_grad_(False)
     _set_info(model, {**_info(teacher), "stage": "quantize"})
     return model
@@ -182,22 +184,14 @@ def train(
     """
     params = _section(Scales, training, "train")
     distill = _section(Distill, {"temperature": temperature, "target": target}, "train")
-    layers = quantized_layers(model).values()
-    if not layers or any(layer.weight is None for layer in layers):
+    if not has_masters(model):
         raise MismatchError("the model has no master weights to train; quantize() a teacher first")
     expect = {
         "teacher": _teacher_of(model),
         "vocab_size": model.config.get_text_config().vocab_size,
     }
     train_set, val_set = (CacheReader(Path(cache) / split, expect) for split in ("train", "val"))
-    objective = make_objective(
-        train_set,
-        temperature=distill.temperature,
-        target=distill.target,
-        distill_weight=params.distill_weight,
-        hard_top1_weight=params.hard_top1_weight,
-        hard_full_weight=params.hard_full_weight,
-    )
+    objective = objective_of(params, distill, train_set)
     with tempfile.TemporaryDirectory() as temporary:
         scratch, place = Path(temporary), resolve_device(device)
         trainer = Trainer(model, params, objective, train_set, val_set, place, scratch)

@@ -14,7 +14,7 @@ from lib.cache.shards import CacheReader
 from lib.convert.convert import convert_by_reference_rule, convert_model
 from lib.model.calibrate import input_importance
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
-from lib.model.surgery import quantized_layers
+from lib.model.surgery import has_masters, quantized_layers
 from lib.objective.distillation import held_out_kd, make_objective
 from lib.params.data import Run
 from lib.params.specs import target_spec
@@ -24,7 +24,7 @@ from lib.params.training import Convert, Distill
 def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
     model, info = load_checkpoint(checkpoint)
     layers = list(quantized_layers(model).values())
-    if any(layer.weight is None for layer in layers):
+    if layers and not has_masters(model):
         raise MismatchError(
             f"{checkpoint} is snapped; convert the checkpoint that it was snapped from"
         )

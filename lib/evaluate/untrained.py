@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import quantize_calibrated
 from lib.model.load import load_causal_lm
-from lib.model.surgery import quantize_model
 from lib.quant.spec import ModelSpec
 from lib.text.sequences import TokenSet
 
@@ -21,10 +21,11 @@ def load_untrained(teacher: Path, train: Path, spec: ModelSpec) -> PreTrainedMod
         train: the training split of the tokens.
     """
     model = load_causal_lm(teacher)
-    importance = None
-    if count := spec.calibration_sequences:
+
+    def sequences(count: int) -> tuple[Tensor, Tensor]:
         tokens = TokenSet(train)
         ids = torch.tensor(tokens.input_ids[:count], dtype=torch.int64)
-        importance = input_importance(model, ids, torch.tensor(tokens.lengths[:count]))
-    quantize_model(model, spec, importance)
+        return ids, torch.tensor(tokens.lengths[:count])
+
+    quantize_calibrated(model, spec, sequences)
     return model

@@ -1,4 +1,5 @@
-"""How much each input of each projection is used: E[x^2] over calibration text."""
+"""How much each input of each projection is used, E[x^2] over calibration text, and quantization
+that is weighted by it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError
 from lib.base.progress import track
-from lib.model.surgery import projections
+from lib.model.surgery import projections, quantize_model
+from lib.quant.spec import ModelSpec
 
 BATCH = 8  # sequences at a time
 
@@ -57,3 +59,23 @@ def input_importance(
         if not total.isfinite().all():
             raise NonFiniteError(f"an input of {name} is not finite during calibration")
     return {name: (total / int(real.sum())).float() for name, total in sums.items()}
+
+
+Sequences = Callable[[int], tuple[Tensor, Tensor]]
+"""The first so many sequences of some text: ids ``[N, L]`` and lengths ``[N]``."""
+
+
+def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, sequences: Sequences) -> None:
+    """Quantize a model in place, refits weighted by its activations if the spec asks for them.
+
+    Args:
+        sequences: asked for ``spec.calibration_sequences``, unless that is 0.
+
+    Raises:
+        NonFiniteError: see :func:`input_importance`.
+        InputError, ParamsError: see :func:`lib.model.surgery.quantize_model`.
+    """
+    importance = None
+    if spec.calibration_sequences:
+        importance = input_importance(model, *sequences(spec.calibration_sequences))
+    quantize_model(model, spec, importance)

@@ -50,6 +50,13 @@ def quantized_layers(model: nn.Module) -> dict[str, LutLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LutLinear)}
 
 
+def has_masters(model: nn.Module) -> bool:
+    """Whether the model is quantized and can train: every quantized layer has its master weight
+    (a snapped one has none)."""
+    layers = quantized_layers(model).values()
+    return bool(layers) and all(layer.weight is not None for layer in layers)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where ``name`` points."""
     parent, _, leaf = name.rpartition(".")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
@@ -14,11 +15,11 @@ from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
 from lib.base.workers import is_main, join
 from lib.cache.shards import CacheReader
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import quantize_calibrated
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.load import folder_fingerprint, load_causal_lm
-from lib.model.surgery import quantize_model, quantized_layers
-from lib.objective.distillation import make_objective
+from lib.model.surgery import has_masters
+from lib.objective.distillation import Objective, make_objective
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
@@ -42,11 +43,11 @@ def start_from_teacher(folder: Path, cache: Path, spec: ModelSpec) -> Start:
     ``spec.calibration_sequences`` training sequences."""
     model = load_causal_lm(folder)
     mark = folder_fingerprint(folder)
-    importance = None
-    if spec.calibration_sequences:
-        reader = CacheReader(cache / "train", {"teacher": mark})
-        importance = input_importance(model, *reader.sequences(spec.calibration_sequences))
-    quantize_model(model, spec, importance)
+
+    def sequences(count: int) -> tuple[Tensor, Tensor]:
+        return CacheReader(cache / "train", {"teacher": mark}).sequences(count)
+
+    quantize_calibrated(model, spec, sequences)
     return Start(model, mark, mark)
 
 
@@ -58,8 +59,7 @@ def start_from_checkpoint(folder: Path) -> Start:
     """
     config = read_config(folder)
     model, info = load_checkpoint(folder)
-    layers = quantized_layers(model)
-    if not layers or any(layer.weight is None for layer in layers.values()):
+    if not has_masters(model):
         raise MismatchError(
             f"{folder} is snapped or baked and holds no master weights; train from the checkpoint "
             "that it was snapped from"
@@ -67,6 +67,22 @@ def start_from_checkpoint(folder: Path) -> Start:
     if "teacher" not in info:
         raise InputError(f"{folder} does not say which teacher it comes from; train it anew")
     return Start(model, info["teacher"], config["fingerprint"])
+
+
+def objective_of(params: TrainConfig, distill: Distill, cache: CacheReader) -> Objective:
+    """What a training section and `distill` ask for, on one cache.
+
+    Raises:
+        MismatchError: see :func:`lib.objective.distillation.make_objective`.
+    """
+    return make_objective(
+        cache,
+        temperature=distill.temperature,
+        target=distill.target,
+        distill_weight=params.distill_weight,
+        hard_top1_weight=params.hard_top1_weight,
+        hard_full_weight=params.hard_full_weight,
+    )
 
 
 def train_stage(
@@ -98,8 +114,7 @@ def train_stage(
         "teacher": start.teacher,
         "vocab_size": start.model.config.vocab_size,
     }
-    train = CacheReader(cache / "train", expect)
-    val = CacheReader(cache / "val", expect)
+    train, val = (CacheReader(cache / split, expect) for split in ("train", "val"))
     identity = {
         "params": declared,
         "parent": start.parent,
@@ -109,14 +124,7 @@ def train_stage(
         "device": device.type,
     }
     with scratch_folder(stage, fingerprint(identity)) as scratch:
-        objective = make_objective(
-            train,
-            temperature=distill.temperature,
-            target=distill.target,
-            distill_weight=params.distill_weight,
-            hard_top1_weight=params.hard_top1_weight,
-            hard_full_weight=params.hard_full_weight,
-        )
+        objective = objective_of(params, distill, train)
         trainer = Trainer(start.model, params, objective, train, val, device, scratch)
         config = params.model_dump(mode="json")
         with reporting(stage, params.steps, out, run, config) as report:
