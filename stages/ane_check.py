@@ -5,7 +5,6 @@ Usage: python -m stages.ane_check MODEL TOKENS OUT
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 from lib.ane.check import Limits, run_check
 from lib.ane.report import write_report
 from lib.base.device import resolve_device, set_threads
-from lib.base.errors import GateError, exit_on_error
+from lib.base.errors import GateError
+from lib.base.stage import run_stage
 from lib.model.checkpoint import load_checkpoint
 from lib.params.load import stage_params
 from lib.text.sequences import TokenSet
@@ -45,5 +45,4 @@ def main(checkpoint: Path, tokens: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

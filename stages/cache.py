@@ -5,13 +5,12 @@ Usage: python -m stages.cache TEACHER TOKENS OUT
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lib.base.device import resolve_device, set_threads
-from lib.base.errors import exit_on_error
 from lib.base.files import fingerprint, write_json
 from lib.base.scratch import scratch_folder
+from lib.base.stage import run_stage
 from lib.base.workers import is_main, join, start_workers
 from lib.cache.spec import CacheSpec
 from lib.capture.build import build_cache, cache_metrics
@@ -56,5 +55,4 @@ def main(teacher: Path, tokens: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

@@ -5,12 +5,11 @@ Usage: python -m stages.evaluate TEACHER TOKENS RUNS OUT
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 from lib.base.device import resolve_device, set_threads
-from lib.base.errors import exit_on_error
+from lib.base.stage import run_stage
 from lib.evaluate.ladder import HeldOut, Rung, measure_ladder
 from lib.evaluate.report import write_ladder
 from lib.evaluate.untrained import load_untrained
@@ -45,5 +44,4 @@ def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

@@ -5,10 +5,9 @@ Usage: python -m stages.finetune CHECKPOINT CACHE OUT
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lib.base.errors import exit_on_error
+from lib.base.stage import run_stage
 from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.train.run import start_from_checkpoint, train_stage
@@ -33,5 +32,4 @@ def main(checkpoint: Path, cache: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

@@ -5,10 +5,9 @@ Usage: python -m stages.scales TEACHER CACHE OUT
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lib.base.errors import exit_on_error
+from lib.base.stage import run_stage
 from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.params.specs import model_spec
@@ -34,5 +33,4 @@ def main(teacher: Path, cache: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

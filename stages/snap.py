@@ -5,10 +5,9 @@ Usage: python -m stages.snap CHECKPOINT OUT
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lib.base.errors import exit_on_error
+from lib.base.stage import run_stage
 from lib.params.load import stage_params
 from lib.snap.run import snap_stage
 
@@ -20,5 +19,4 @@ def main(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

@@ -7,12 +7,11 @@ Writes a Hugging Face folder: fp32 safetensors, config, tokenizer.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lib.base.device import set_threads
-from lib.base.errors import exit_on_error
 from lib.base.files import write_json
+from lib.base.stage import run_stage
 from lib.model.load import folder_fingerprint
 from lib.model.teacher import bring_teacher
 from lib.params.load import stage_params
@@ -39,5 +38,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)

@@ -7,11 +7,10 @@ Writes ``train``, ``val`` and ``test`` (rows; ``test`` also a continuous stream 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lib.base.errors import exit_on_error
 from lib.base.files import atomic_folder, write_json
+from lib.base.stage import run_stage
 from lib.model.load import load_tokenizer, tokenizer_fingerprint
 from lib.params.load import stage_params
 from lib.text.build import build_tokens, pad_id_of
@@ -51,5 +50,4 @@ def main(teacher: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*map(Path, sys.argv[1:]))
+    run_stage(main)
