@@ -43,8 +43,8 @@ class LowRankScale(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.a = nn.Parameter(a)
-        self.b = nn.Parameter(b)
+        self.a = nn.Parameter(a.contiguous())
+        self.b = nn.Parameter(b.contiguous())
 
     def factors(self, ste_fp16: bool) -> tuple[Tensor, Tensor]:
         """(A ``[out, r]``, B ``[r, in]``), FP16-rounded on request."""
@@ -63,8 +63,8 @@ class DirectionalScale(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor, g: Tensor, *, normalized: bool = False) -> None:
         super().__init__()
-        self.a = nn.Parameter(a)
-        self.b = nn.Parameter(b)
+        self.a = nn.Parameter(a.contiguous())
+        self.b = nn.Parameter(b.contiguous())
         self.g = nn.Parameter(g)
         # A snapped layer holds the FP16 directions themselves: normalizing again would move them.
         self.normalized = normalized

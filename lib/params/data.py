@@ -196,6 +196,9 @@ class Run(Section):
     processes: Count = 1
     """Processes that train and build the cache together, on one GPU each (or sharing the CPU).
     The batch is split among them: the result is that of one process, up to summation order."""
+    shard: bool = False
+    """Several processes hold parts of the decoder instead of copies (FSDP2): for models that do
+    not fit one GPU together with their gradients and moments."""
     log_every: Count = 10
     """Optimizer steps between two rows of log.csv."""
     wandb: str | None = None

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
@@ -25,7 +23,8 @@ from lib.model.linear import LutLinear, ParameterRole
 from lib.objective.distillation import Distillation, LossSums, Objective, held_out_kd
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
-from lib.train.roles import role_rates, select, settle_after, settle_before
+from lib.train.parallel import gather, no_exchange, parallel, part_of, whole
+from lib.train.roles import current, role_rates, select, settle_after, settle_before
 from lib.train.state import Progress, load_state, save_state
 
 _GPU_STEPS_UNSEEN = 10
@@ -82,6 +81,8 @@ class Trainer:
         val: CacheReader,
         device: torch.device,
         scratch: Path,
+        *,
+        shard: bool = False,
     ) -> None:
         if params.dtype == "fp16" and device.type == "cpu":
             raise ParamsError("dtype fp16 has no use on the CPU; use fp32 or bf16 there")
@@ -103,7 +104,8 @@ class Trainer:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # Transformers checkpoints only in training mode
-        self.module = self._parallel(Distillation(model, objective))
+        self.module = parallel(Distillation(model, objective), device, shard=shard)
+        self.trainables = current(self.trainables)
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(enabled=params.dtype == "fp16" and device.type == "cuda")
         self.progress = Progress()
@@ -111,17 +113,6 @@ class Trainer:
         self.waits = device.type == "cuda"
         self.best: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
-
-    def _parallel(self, module: nn.Module) -> nn.Module:
-        """The module itself, or wrapped so that the processes' gradients are averaged."""
-        if world_size() == 1:
-            return module
-        # indices do not change while they are in use: nothing but gradients has to be exchanged
-        options = DistributedDataParallelKwargs(broadcast_buffers=False)
-        accelerator = Accelerator(
-            cpu=self.device.type == "cpu", device_placement=False, kwargs_handlers=[options]
-        )
-        return accelerator.prepare_model(module, device_placement=False)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         rates = role_rates(self.params)
@@ -194,19 +185,13 @@ class Trainer:
         means = torch.zeros(2, device=self.device)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
-            with contextlib.nullcontext() if last else self._without_exchange():
+            with contextlib.nullcontext() if last else no_exchange(self.module):
                 with self._autocast():
                     sums: LossSums = self.module(batch.to(self.device))
                 # the processes' gradients are averaged, and their sum is wanted
                 self.scaler.scale(sums.total * world_size() / positions).backward()
             means += torch.stack([sums.total.detach().float(), sums.kd.float()]) / positions
         return total(means)
-
-    def _without_exchange(self) -> contextlib.AbstractContextManager[object]:
-        """Gradients are exchanged once a step, with the last micro-batch."""
-        if isinstance(self.module, DistributedDataParallel):
-            return self.module.no_sync()
-        return contextlib.nullcontext()
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its log row, on a GPU with values still to be waited for."""
@@ -242,7 +227,7 @@ class Trainer:
             NonFiniteError: the loss is not finite, or the gradient where no scaler skips it.
         """
         for key in ("loss", "kd_loss", "gradient_norm"):
-            row[key] = float(row[key])
+            row[key] = float(whole(row[key]))
         if not math.isfinite(row["loss"]):
             moved = (batch.to(self.device) for batch in batches)
             raise NonFiniteError(
@@ -256,7 +241,7 @@ class Trainer:
         bad = [
             t.name
             for t in self.trainables
-            if t.parameter.grad is not None and not t.parameter.grad.isfinite().all()
+            if t.parameter.grad is not None and not whole(t.parameter.grad).isfinite().all()
         ]
         # each can be finite and their norm not
         where = f"gradient of {bad[0]}" if bad else "the norm of all gradients"
@@ -266,7 +251,8 @@ class Trainer:
     def _after_update(self) -> None:
         for item in self.trainables:
             if item.role is ParameterRole.LUT:
-                item.parameter.copy_(project_learned(item.parameter))
+                learned = project_learned(whole(item.parameter))
+                item.parameter.copy_(part_of(learned, item.parameter))
         decay = self.params.ema
         if decay > 0:
             for item in self.trainables:
@@ -276,7 +262,7 @@ class Trainer:
     def _first_bad(self, batches: Iterable[CachedBatch]) -> str:
         """Where non-finite values first appear: a parameter, else a module's output."""
         for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+            if not whole(parameter).isfinite().all():
                 return f"parameter {name} is not finite"
         found: list[str] = []
 
@@ -309,8 +295,7 @@ class Trainer:
             state = self.scaler.state_dict()
             values = [state["scale"], state["_growth_tracker"]]
             extra["scaler"] = torch.tensor(values, dtype=torch.float64)
-        if is_main():
-            save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
+        save_state(self.state_folder, self.trainables, self.optimizer, self.progress, extra)
         wait_for_everyone()
 
     def _resume(self) -> bool:
@@ -322,10 +307,12 @@ class Trainer:
             scale, tracker = extra["scaler"].tolist()
             values = {"scale": scale, "_growth_tracker": int(tracker)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
+        like = {t.name: t.parameter for t in self.trainables}
         for kind, target in (("best.", self.best), ("average.", self.average)):
             for name, value in extra.items():
                 if name.startswith(kind):
-                    target[name.removeprefix(kind)] = value.to(self.device)
+                    key = name.removeprefix(kind)
+                    target[key] = part_of(value.to(self.device), like[key])
         return True
 
     def run(self, report: Report) -> TrainResult:
@@ -367,6 +354,8 @@ class Trainer:
                 self._save()
             report(self.progress, step * tokens_per_step)
         self._restore(self.best)
+        gather(self.model)
+        self.trainables = current(self.trainables)
         settle_after(self.trainables)
         self.model.eval()
         self.model.requires_grad_(False)

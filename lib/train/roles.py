@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,8 @@ class Trainable:
     parameter: nn.Parameter
     role: ParameterRole
     layer: LutLinear
+    local_name: str
+    """Its name inside the layer."""
 
 
 def _layer_trains(name: str, last_block: int, params: TrainConfig) -> bool:
@@ -52,7 +54,7 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
             if rates.get(role, 0.0) > 0 and not fixed_lut:
                 parameter = layer.get_parameter(name)
                 parameter.requires_grad_(True)
-                chosen.append(Trainable(f"{layer_name}.{name}", parameter, role, layer))
+                chosen.append(Trainable(f"{layer_name}.{name}", parameter, role, layer, name))
     if not chosen:
         raise ParamsError(
             "nothing trains: every rate is 0 for the roles this model has "
@@ -60,6 +62,13 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
             "scale: directional); set a rate above 0"
         )
     return chosen
+
+
+def current(trainables: list[Trainable]) -> list[Trainable]:
+    """The same roles with the parameters that the layers hold now (sharding replaces them)."""
+    return [
+        replace(item, parameter=item.layer.get_parameter(item.local_name)) for item in trainables
+    ]
 
 
 def role_rates(params: TrainConfig) -> dict[ParameterRole, float]:

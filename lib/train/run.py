@@ -125,7 +125,9 @@ def train_stage(
     }
     with scratch_folder(stage, fingerprint(identity)) as scratch:
         objective = objective_of(params, distill, train)
-        trainer = Trainer(start.model, params, objective, train, val, device, scratch)
+        trainer = Trainer(
+            start.model, params, objective, train, val, device, scratch, shard=run.shard
+        )
         config = params.model_dump(mode="json")
         with reporting(stage, params.steps, out, run, config) as report:
             try:

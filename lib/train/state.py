@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib.base.files import atomic_folder, read_json, write_json
+from lib.base.workers import is_main
+from lib.train.parallel import part_of, whole
 from lib.train.roles import Trainable
 
 TENSORS = "state.safetensors"
@@ -81,8 +83,12 @@ def save_state(
             tensors[f"optimizer.{key}.{item.name}"] = value
     tensors.update({f"extra.{name}": value for name, value in extra.items()})
     tensors.update(_rng_tensors())
+    # every process has to ask for what is sharded, one of them writes
+    complete = {k: whole(v).cpu().contiguous() for k, v in tensors.items()}
+    if not is_main():
+        return
     with atomic_folder(folder) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+        save_file(complete, temporary / TENSORS)
         write_json(temporary / VALUES, {"progress": progress.__dict__, "rng": _rng_values()})
 
 
@@ -100,14 +106,15 @@ def load_state(
     by_name = {item.name: item.parameter for item in trainables}
     with torch.no_grad():
         for name, parameter in by_name.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
+            parameter.copy_(part_of(tensors[f"parameter.{name}"], parameter))
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, kind, name = key.split(".", 2)
             parameter = by_name[name]
             if value.shape == parameter.shape:
                 # fused kernels walk through memory: the moments need the parameter's strides
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                moments = torch.empty_like(parameter, dtype=value.dtype)
+                value = moments.copy_(part_of(value, parameter))
             # and the step counter where the parameter is
             optimizer.state[parameter][kind] = value.to(parameter.device)
     _restore_rng(tensors, values["rng"])

@@ -21,13 +21,13 @@ from tests.pipeline.project import ROOT
 STEPS = 12
 
 
-def write_params(folder: Path, processes: int) -> None:
+def write_params(folder: Path, processes: int, *, shard: bool = False) -> None:
     path = folder / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
     apply_profile("tiny", path)
     values = yaml.safe_load(path.read_text())
     values["scales"].update(steps=STEPS, eval_every=4, checkpoint_every=2)
-    values["run"].update(device="cpu", log_every=1, processes=processes)
+    values["run"].update(device="cpu", log_every=1, processes=processes, shard=shard)
     path.write_text(yaml.safe_dump(values))
 
 
@@ -79,10 +79,12 @@ def column(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def both(workspace: Path) -> Path:
-    """The workspace with stage scales run by two processes, without interruption."""
-    write_params(workspace, 2)
-    output = run(workspace, "scales", "teacher", "cache", "two")
-    assert output.count(f"scales {STEPS}/{STEPS}") == 1  # one of them talks
+    """The workspace with stage scales run by two processes, without interruption: whole copies
+    in ``two``, parts of the model in ``sharded``."""
+    for shard, out in ((False, "two"), (True, "sharded")):
+        write_params(workspace, 2, shard=shard)
+        output = run(workspace, "scales", "teacher", "cache", out)
+        assert output.count(f"scales {STEPS}/{STEPS}") == 1  # one of them talks
     return workspace
 
 
@@ -99,9 +101,13 @@ def test_the_loss_curve_is_that_of_one_process(both: Path) -> None:
     write_params(both, 1)
     run(both, "scales", "teacher", "cache", "one")
     for name, tolerance in (("loss", 1e-4), ("val_kd_loss", 1e-4), ("gradient_norm", 1e-3)):
-        one, two = column(both / "one", name), column(both / "two", name)
+        one = column(both / "one", name)
         assert len(one) >= 4
-        assert one == pytest.approx(two, rel=tolerance), name
+        for several in ("two", "sharded"):
+            assert column(both / several, name) == pytest.approx(one, rel=tolerance), (
+                several,
+                name,
+            )
     assert column(both / "two", "val_kd_loss")[-1] < 0.9 * column(both / "two", "val_kd_loss")[0]
 
 
@@ -118,8 +124,11 @@ def _second_worker(launcher: int) -> int | None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the worker in /proc")
-def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(both: Path) -> None:
-    write_params(both, 2)
+@pytest.mark.parametrize(("shard", "whole"), [(False, "two"), (True, "sharded")])
+def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
+    both: Path, shard: bool, whole: str
+) -> None:
+    write_params(both, 2, shard=shard)
     process = start(both, "scales", "teacher", "cache", "again")
     deadline = time.monotonic() + 120
     while not list((both / ".ckpt" / "scales").glob("*/state/state.json")):
@@ -133,8 +142,8 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(both: Path) -
     assert "error: scales: process 1 of 2 was killed by SIGKILL; the others were stopped" in output
     output = run(both, "scales", "teacher", "cache", "again")
     assert output.count("going on after step") == 1
-    assert rows_of(both / "again") == rows_of(both / "two")
-    weights = [both / name / "model" / "model.safetensors" for name in ("again", "two")]
+    assert rows_of(both / "again") == rows_of(both / whole)
+    weights = [both / name / "model" / "model.safetensors" for name in ("again", whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
