@@ -133,11 +133,15 @@ def held_out_kd(
     measure = replace(objective, distill_weight=1.0, hard_top1_weight=0.0, hard_full_weight=0.0)
     count = min(sequences, len(cache))
     kd_sum, positions = 0.0, 0
-    for start in range(rank() * EVAL_BATCH, count, world_size() * EVAL_BATCH):
-        batch = cache.batch(np.arange(start, min(start + EVAL_BATCH, count)))
-        sums = measure(model, batch.to(device))
-        kd_sum += float(sums.kd)
-        positions += int(sums.count)
+    together = EVAL_BATCH * world_size()
+    for start in range(0, count, together):
+        rows = np.arange(start, min(start + together, count))
+        mine = rows[rank() :: world_size()]
+        # a model in shards needs every process in every forward pass, work or not
+        sums = measure(model, cache.batch(mine if len(mine) else rows[:1]).to(device))
+        if len(mine):
+            kd_sum += float(sums.kd)
+            positions += int(sums.count)
     if world_size() > 1:
         both = torch.tensor([kd_sum, positions], dtype=torch.float64, device=device)
         both = total(both)

@@ -23,7 +23,14 @@ from lib.model.linear import LutLinear, ParameterRole
 from lib.objective.distillation import Distillation, LossSums, Objective, held_out_kd
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
-from lib.train.parallel import gather, no_exchange, parallel, part_of, whole
+from lib.train.parallel import (
+    gathered,
+    no_exchange,
+    parallel,
+    part_of,
+    whole,
+    without_parameters,
+)
 from lib.train.roles import current, role_rates, select, settle_after, settle_before
 from lib.train.state import Progress, load_state, save_state
 
@@ -62,8 +69,10 @@ def rows_of(micro_batch: int, batch_size: int, total: int, seed: int) -> np.ndar
 
 @dataclass
 class TrainResult:
-    """Outcome of a run: the model now holds the parameters of ``progress.best_step``."""
+    """Outcome of a run."""
 
+    model: PreTrainedModel
+    """Holds the parameters of ``progress.best_step``; the one given, unless that was sharded."""
     progress: Progress
     trained: int
     """Number of values that trained."""
@@ -104,8 +113,9 @@ class Trainer:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # Transformers checkpoints only in training mode
+        self.empty = without_parameters(model) if shard and world_size() > 1 else None
         self.module = parallel(Distillation(model, objective), device, shard=shard)
-        self.trainables = current(self.trainables)
+        self.trainables = current(self.trainables, model)
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(enabled=params.dtype == "fp16" and device.type == "cuda")
         self.progress = Progress()
@@ -354,9 +364,9 @@ class Trainer:
                 self._save()
             report(self.progress, step * tokens_per_step)
         self._restore(self.best)
-        gather(self.model)
-        self.trainables = current(self.trainables)
-        settle_after(self.trainables)
-        self.model.eval()
-        self.model.requires_grad_(False)
-        return TrainResult(self.progress, sum(t.parameter.numel() for t in self.trainables))
+        model = self.model if self.empty is None else gathered(self.model, self.empty)
+        settle_after(current(self.trainables, model))
+        model.eval()
+        model.requires_grad_(False)
+        trained = sum(t.parameter.numel() for t in self.trainables)
+        return TrainResult(model, self.progress, trained)

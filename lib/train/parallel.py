@@ -8,6 +8,7 @@ work; embeddings and head are frozen and stay whole.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from lib.base.workers import world_size
 from lib.objective.distillation import Distillation
@@ -78,10 +80,17 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def gather(model: nn.Module) -> None:
-    """Put whole, ordinary parameters back into a model that was sharded."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                full = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
-                module.register_parameter(name, full)
+def without_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model whose parameters hold nothing; buffers are the same."""
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+    return copy.deepcopy(model, memo)
+
+
+def gathered(model: PreTrainedModel, empty: PreTrainedModel) -> PreTrainedModel:
+    """``empty`` with the whole parameters of ``model``, which was sharded; all have to ask."""
+    values = {name: whole(value.detach()) for name, value in model.state_dict().items()}
+    empty.load_state_dict(values, assign=True)
+    empty.tie_weights()
+    return empty

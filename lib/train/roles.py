@@ -64,11 +64,16 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
     return chosen
 
 
-def current(trainables: list[Trainable]) -> list[Trainable]:
-    """The same roles with the parameters that the layers hold now (sharding replaces them)."""
-    return [
-        replace(item, parameter=item.layer.get_parameter(item.local_name)) for item in trainables
-    ]
+def current(trainables: list[Trainable], model: nn.Module) -> list[Trainable]:
+    """The same roles with the layers and parameters that ``model`` has now: sharding replaces
+    parameters."""
+    found = []
+    for item in trainables:
+        layer = model.get_submodule(item.name.removesuffix(f".{item.local_name}"))
+        assert isinstance(layer, LutLinear)
+        parameter = layer.get_parameter(item.local_name)
+        found.append(replace(item, layer=layer, parameter=parameter))
+    return found
 
 
 def role_rates(params: TrainConfig) -> dict[ParameterRole, float]:

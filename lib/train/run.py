@@ -146,7 +146,7 @@ def train_stage(
             "result": result_of(result.progress),
         }
         if is_main():
-            model = start.model.cpu()
+            model = result.model.cpu()
             save_checkpoint(model, out / "model", tokenizer_from=tokenizer_from, info=info)
             write_log(out, stage, result.progress, run.log_every)
     return result
