@@ -95,7 +95,10 @@ def main() -> None:
     save(
         "cache_build",
         config=vars(options),
-        samples={"forward": forward.seconds, "cache": cache.seconds},
+        samples={
+            rival.name: {"seconds": rival.seconds, "profile": rival.profile}
+            for rival in (forward, cache)
+        },
         summary={
             "cache_over_forward": 1 / slowdown,
             "cache_tokens_per_s": tokens / statistics.median(cache.seconds),

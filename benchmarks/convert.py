@@ -142,7 +142,10 @@ def main() -> None:
     save(
         "convert",
         config=vars(options),
-        samples={r.name: {"seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in rivals},
+        samples={
+            r.name: {"seconds": r.seconds, "peak_bytes": r.peak_bytes, "profile": r.profile}
+            for r in rivals
+        },
         summary={
             "quantize_seconds": median["quantize"],
             "convert_seconds": median["convert"],

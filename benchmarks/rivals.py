@@ -46,22 +46,36 @@ def _serve(build: Build, config: dict[str, Any], pipe: Connection) -> None:
         step()
     _reset_peak()
     pipe.send("ready")
-    while pipe.recv() == "step":
+    while (order := pipe.recv()) == "step":
         start = time.perf_counter()
         step()
         pipe.send(time.perf_counter() - start)
-    pipe.send(peak_memory())
+    pipe.send((peak_memory(), _profile(step) if order == "profile" else {}))
+
+
+def _profile(step: Callable[[], None]) -> dict[str, float]:
+    """Share of a step's CPU time that each of the 12 costliest operations takes by itself."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    events = record.key_averages()
+    spent = sum(event.self_cpu_time_total for event in events)
+    events = sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]
+    return {event.key: round(event.self_cpu_time_total / spent, 4) for event in events}
 
 
 @dataclass
 class Rival:
-    """One contestant: its samples in seconds and its peak memory in bytes, filled by a race."""
+    """One contestant: its samples in seconds, peak memory in bytes and profile, filled by a
+    contest."""
 
     name: str
     build: Build
     config: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    profile: dict[str, float] = field(default_factory=dict)
 
 
 class Contest:
@@ -88,10 +102,10 @@ class Contest:
         self._running[rival.name] = (rival, process, here)
 
     def leave(self, name: str) -> None:
-        """End a rival and note its peak memory."""
+        """End a rival and note its peak memory and where its time goes."""
         rival, process, pipe = self._running.pop(name)
-        pipe.send("stop")
-        rival.peak_bytes = pipe.recv()
+        pipe.send("profile")
+        rival.peak_bytes, rival.profile = pipe.recv()
         process.join()
 
     def round(self) -> None:

@@ -82,6 +82,30 @@ def build_quantized(config: dict[str, Any]) -> Callable[[], None]:
     return trainer.train_step
 
 
+def build_product(config: dict[str, Any]) -> Callable[[], None]:
+    """100 products of the MLP's size: the rate that the machine multiplies matrices at."""
+    import torch
+
+    x, w = torch.randn(config["tokens"], 576), torch.randn(1536, 576)
+
+    def step() -> None:
+        for _ in range(100):
+            torch.nn.functional.linear(x, w)
+
+    return step
+
+
+def matrix_rate(tokens: int, options: argparse.Namespace) -> float:
+    """Floating-point operations per second of such a product, at its median."""
+    config = {"tokens": tokens, "threads": options.threads, "warmup": 1}
+    rival = Rival("product", build_product, config)
+    with Contest() as contest:
+        contest.enter(rival)
+        for _ in range(options.rounds):
+            contest.round()
+    return 100 * 2 * tokens * 576 * 1536 / statistics.median(rival.seconds)
+
+
 def plain_rivals(common: dict[str, Any]) -> list[Rival]:
     """Plain fine-tuning, eager and compiled, with a head that trains."""
     return [
@@ -128,6 +152,7 @@ def compare(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
         "ratios": ratios,
         "seconds": {rival.name: rival.seconds for rival in [*plain, *found]},
         "peak_bytes": {rival.name: rival.peak_bytes for rival in [*plain, *found]},
+        "profiles": {rival.name: rival.profile for rival in [*plain, *found]},
     }
 
 
@@ -147,6 +172,7 @@ def main() -> None:
         result = samples[str(tokens)] = compare(tokens, options)
         ours = [name for name in result["ratios"] if not name.startswith("plain")]
         summary[f"qat_over_plain_{tokens}"] = max(result["ratios"][name] for name in ours)
+        result["matrix_flops"] = matrix_rate(tokens, options)
         peak = result["peak_bytes"]
         memory += [peak[name] / peak[result["plain"]] for name in ours]
     summary["peak_memory_over_plain"] = max(memory)
