@@ -95,6 +95,8 @@ class Trainer:
     ) -> None:
         if params.dtype == "fp16" and device.type == "cpu":
             raise ParamsError("dtype fp16 has no use on the CPU; use fp32 or bf16 there")
+        if params.dtype == "fp16" and shard:
+            raise ParamsError("dtype fp16 does not go with run.shard; use bf16")
         if world_size() > params.batch_size:
             raise ParamsError(
                 f"{world_size()} processes cannot share a batch of {params.batch_size} sequences; "

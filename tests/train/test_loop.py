@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
+from lib.cache.shards import CachedBatch
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import held_out_kd
+from lib.objective.distillation import held_out_kd, make_objective
 from lib.params.training import Rates
 from lib.quant.spec import Codebook, ScaleForm
 from lib.train.loop import Trainer, rate_factor, rows_of
-from tests.tiny_models import CPU, make_caches, quantized, same, state_of
+from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of
 from tests.train.samples import BOTH, config, losses, quiet, train, trainer
 
 SCALES = Rates(scale_direction=1e-3, scale_magnitude=1e-3)
@@ -181,6 +182,44 @@ def test_bf16_keeps_fp32_masters_and_trains(cache: Path, tmp_path: Path) -> None
     exact = train(quantized(lut_size=4), cache, tmp_path, config(steps=20))
     assert result.progress.rows != exact.progress.rows
     assert losses(result) == pytest.approx(losses(exact), rel=0.1)
+
+
+def test_fp16_in_shards_is_refused(cache: Path, tmp_path: Path) -> None:
+    train_set, val_set = readers(cache)
+    objective = make_objective(train_set, temperature=2.0, target="candidates")
+    rest = (objective, train_set, val_set, torch.device("cuda"), tmp_path)
+    with pytest.raises(ParamsError, match=r"fp16 .* run\.shard; use bf16"):
+        Trainer(quantized(), config(dtype="fp16"), *rest, shard=True)
+
+
+def test_a_gpu_is_asked_every_few_steps_and_the_record_is_the_same(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Its way of running, on the CPU: losses are looked at late, never left out."""
+    params = config(steps=13, eval_every=5, checkpoint_every=7)
+    records, reports = [], []
+    for waits in (False, True):
+        one = trainer(quantized(), cache, tmp_path / str(waits), params)
+        one.waits = waits
+        seen: list[int] = []
+        result = one.run(lambda progress, _tokens, seen=seen: seen.append(progress.step))
+        records.append(result.progress.rows)
+        reports.append(seen)
+    assert records[0] == records[1] and len(records[0]) == 14
+    assert reports == [list(range(1, 14)), [5, 7, 10, 13]]
+
+
+def test_a_loss_that_is_looked_at_late_names_its_step(cache: Path, tmp_path: Path) -> None:
+    one = trainer(quantized(), cache, tmp_path, config(steps=4, eval_every=4, checkpoint_every=4))
+    one.waits = True
+    original = one._backward
+
+    def poisoned(batches: list[CachedBatch]) -> Tensor:
+        return original(batches) * (math.nan if one.progress.step == 1 else 1.0)
+
+    one._backward = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="loss is nan at step 2"):
+        one.run(quiet)
 
 
 def test_fp16_on_the_cpu_is_refused(cache: Path, tmp_path: Path) -> None:
