@@ -245,12 +245,16 @@ class LutLinear(nn.Module):
         self.indices.copy_(self.nearest_indices())
 
     @torch.no_grad()
-    def rebase_weight(self) -> None:
+    def rebase_weight(self, margin: float = 0.0) -> None:
         """Move each master into the cell of its stored index, by the smallest step.
 
         Scales that trained under frozen indices leave masters in a neighbour's cell; without
         this the first forward pass of weight training would jump to other indices, and lose
         what the scales learned.
+
+        Args:
+            margin: share of the way from a cell's edge to its level within which masters are
+                moved too, as scales that train along would push them over the edge.
         """
         if self.weight is None:
             raise MismatchError("a snapped layer has no master weight to rebase")
@@ -261,9 +265,11 @@ class LutLinear(nn.Module):
         # A little inside the cell, so that the rounding of w / S stays there too; a share of the
         # way to the level, because the cells of a fitted or learned LUT can be narrow.
         infinity = lut.new_full((1,), float("inf"))
-        low = lookup(torch.cat([-infinity, edges.lerp(lut[1:], _INSIDE)]), self.indices)
-        high = lookup(torch.cat([edges.lerp(lut[:-1], _INSIDE), infinity]), self.indices)
-        ratio = torch.minimum(torch.maximum(safe_ratio(self.weight, scale), low), high)
-        moved = self.nearest_indices() != self.indices
+        inside = max(margin, _INSIDE)
+        low = lookup(torch.cat([-infinity, edges.lerp(lut[1:], inside)]), self.indices)
+        high = lookup(torch.cat([edges.lerp(lut[:-1], inside), infinity]), self.indices)
+        before = safe_ratio(self.weight, scale)
+        ratio = torch.minimum(torch.maximum(before, low), high)
+        moved = ratio != before if margin else self.nearest_indices() != self.indices
         # where S is 0 every weight stands for 0: such a master has no cell to be moved into
         self.weight.copy_(torch.where(moved & (scale != 0), ratio * scale, self.weight))

@@ -77,8 +77,14 @@ def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
     return torch.stack(rows)
 
 
-def scaled_levels(values: Tensor, indices: Tensor, lut: Tensor) -> Tensor:
-    """``values * LUT[indices]``: W_q from S, and the gradient of S from that of W_q."""
+def scaled_levels(values: Tensor, indices: Tensor, lut: Tensor, *, often: bool = True) -> Tensor:
+    """``values * LUT[indices]``: W_q from S, and the gradient of S from that of W_q.
+
+    Args:
+        often: False where it is asked once per layer: compiling would take longer.
+    """
+    if not often:
+        return _scaled_levels(values, indices, lut)
     return fused(_scaled_levels, values, indices, lut, worth=_WORTH_COMPILING)
 
 

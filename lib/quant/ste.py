@@ -50,7 +50,7 @@ def dequantized_weight(a: Tensor, b: Tensor, lut: Tensor, indices: Tensor) -> Te
         a: ``[out, r]``; b: ``[r, in]``; lut: ``[n]``; indices: uint8 ``[out, in]``.
     """
     with torch.autocast(a.device.type, enabled=False):
-        return scaled_levels(a @ b, indices, lut)
+        return scaled_levels(a @ b, indices, lut, often=False)
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -13,6 +13,11 @@ from lib.model.surgery import block_number, is_mlp, quantized_layers
 from lib.params.training import TrainConfig
 from lib.quant.spec import Codebook
 
+_SCALE_ROLES = (ParameterRole.SCALE_DIRECTION, ParameterRole.SCALE_MAGNITUDE)
+
+MARGIN = 0.1
+"""Share of a cell, from its edge, that masters leave before they train together with scales."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -88,10 +93,12 @@ def role_rates(params: TrainConfig) -> dict[ParameterRole, float]:
 
 
 def settle_before(trainables: list[Trainable]) -> None:
-    """Make masters that will train agree with the indices their layers hold."""
+    """Make masters that will train agree with the indices their layers hold; where scales train
+    too, keep them off the edges of their cells, or the first changes of S would flip many."""
+    together = any(item.role in _SCALE_ROLES for item in trainables)
     for item in trainables:
         if item.role is ParameterRole.WEIGHT:
-            item.layer.rebase_weight()
+            item.layer.rebase_weight(MARGIN if together else 0.0)
 
 
 def settle_after(trainables: list[Trainable]) -> None:

@@ -252,3 +252,28 @@ def test_refits_need_and_use_importance() -> None:
     assert weighted_error(weight, refitted.dequantized(), used) < 0.8 * weighted_error(
         weight, plain.dequantized(), used
     )
+
+
+@given(st.sampled_from(FORMS), st.sampled_from([2, 4, 16]), st.integers(0, 2**20))
+@settings(max_examples=30, deadline=None)
+def test_rebase_with_a_margin_leaves_the_edges(
+    kind: tuple[ScaleForm, Codebook], size: int, seed: int
+) -> None:
+    form, codebook = kind
+    layer = make(scale=form, codebook=codebook, lut_size=size, seed=seed)
+    moved_scales(layer, seed)
+    indices, product = layer.indices.clone(), layer.dequantized()
+    layer.rebase_weight(0.1)
+    assert torch.equal(layer.indices, indices)
+    assert torch.equal(layer.dequantized(), product)
+    a, b = layer.factors()
+    scale, lut = a @ b, layer.levels()
+    used = scale != 0
+    assert (layer.nearest_indices() == indices)[used].all()
+    assert layer.weight is not None
+    ratio, level = (layer.weight / scale)[used], lut[indices.long()][used]
+    edges = (lut[1:] + lut[:-1]) / 2
+    gap = (ratio[:, None] - edges).abs().amin(dim=1)
+    nearest = (ratio[:, None] - edges).abs().argmin(dim=1)
+    floor = 0.1 * (level - edges[nearest]).abs()
+    assert (gap >= 0.95 * floor).all()  # edges and levels differ by the rounding of the levels
