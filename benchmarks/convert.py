@@ -11,43 +11,23 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import machine, save
-from benchmarks.rivals import Contest, Rival
+from benchmarks.rivals import Rival, alone
 
+PARAMS = Path(__file__).parents[1] / "params.yaml"
 CALIBRATION = 32  # sequences of 128 tokens, as in the default experiment
 
 
 def _specs() -> tuple[Any, Any]:
-    from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
+    """What the default experiment quantizes to, and what it converts that to."""
+    from lib.params.load import parse_params, read_yaml
+    from lib.params.specs import model_spec, target_spec
 
-    q4 = LinearSpec(
-        lut_size=16,
-        rank=4,
-        group_size=32,
-        scale=ScaleForm.LOWRANK,
-        codebook=Codebook.UNIFORM,
-        refit_steps=8,
-    )
-    q2 = LinearSpec(
-        lut_size=4,
-        rank=32,
-        group_size=32,
-        scale=ScaleForm.DIRECTIONAL,
-        codebook=Codebook.UNIFORM,
-        range=0.65,
-        refit_steps=8,
-    )
-    attention = LinearSpec(
-        lut_size=16,
-        rank=8,
-        group_size=32,
-        scale=ScaleForm.DIRECTIONAL,
-        codebook=Codebook.UNIFORM,
-        refit_steps=8,
-    )
-    return ModelSpec(mlp=q4, attention=q4), ModelSpec(mlp=q2, attention=attention)
+    params = parse_params(read_yaml(PARAMS), PARAMS.name)
+    return model_spec(params.quant), target_spec(params.convert, params.quant.ste_fp16)
 
 
 def _importance(model: Any) -> dict[str, Any]:
@@ -64,8 +44,6 @@ def _importance(model: Any) -> dict[str, Any]:
 
 def build_quantize(config: dict[str, Any]) -> Callable[[], None]:
     """Quantize a fresh model each time; its loading is not counted, as it is kept aside."""
-    import copy
-
     from benchmarks.shapes import random_model
     from lib.model.surgery import projections, quantize_model, replace_module
 
@@ -73,10 +51,9 @@ def build_quantize(config: dict[str, Any]) -> Callable[[], None]:
     importance = _importance(model)
     plain = dict(projections(model))
     spec, _ = _specs()
-    copied = copy.copy(plain)
 
     def step() -> None:
-        for name, module in copied.items():
+        for name, module in plain.items():
             replace_module(model, name, module)
         quantize_model(model, spec, importance)
 
@@ -134,10 +111,7 @@ def main() -> None:
         Rival("calibrate", build_calibrate, common),
     ]
     for rival in rivals:
-        with Contest() as contest:
-            contest.enter(rival)
-            for _ in range(options.rounds):
-                contest.round()
+        alone(rival, options.rounds)
     median = {rival.name: statistics.median(rival.seconds) for rival in rivals}
     save(
         "convert",

@@ -124,3 +124,11 @@ def duel(contest: Contest, champion: Rival, rival: Rival, rounds: int) -> float:
     contest.leave(rival.name)
     pairs = zip(rival.seconds, champion.seconds[first:], strict=True)
     return statistics.median(mine / its for mine, its in pairs)
+
+
+def alone(rival: Rival, rounds: int) -> None:
+    """A rival without a contest: only its own samples, memory and profile."""
+    with Contest() as contest:
+        contest.enter(rival)
+        for _ in range(rounds):
+            contest.round()

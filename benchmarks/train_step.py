@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.record import machine, save
-from benchmarks.rivals import Contest, Rival, duel
+from benchmarks.rivals import Contest, Rival, alone, duel
 
 LENGTH = 128  # tokens per sequence, as in the default cache
 ROLES = {
@@ -99,10 +99,7 @@ def matrix_rate(tokens: int, options: argparse.Namespace) -> float:
     """Floating-point operations per second of such a product, at its median."""
     config = {"tokens": tokens, "threads": options.threads, "warmup": 1}
     rival = Rival("product", build_product, config)
-    with Contest() as contest:
-        contest.enter(rival)
-        for _ in range(options.rounds):
-            contest.round()
+    alone(rival, options.rounds)
     return 100 * 2 * tokens * 576 * 1536 / statistics.median(rival.seconds)
 
 

@@ -14,8 +14,9 @@ from lib.model.calibrate import input_importance
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.model.tiny import VOCABULARY, random_teacher
-from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
+from lib.quant.spec import ModelSpec, ScaleForm
 from lib.text.sequences import TokenSet, write_tokens
+from tests.tiny_models import linear_spec
 
 
 @pytest.fixture
@@ -37,14 +38,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _spec(refits: int, calibration: int) -> ModelSpec:
-    linear = LinearSpec(
-        lut_size=4,
-        rank=2,
-        group_size=16,
-        scale=ScaleForm.LOWRANK,
-        codebook=Codebook.UNIFORM,
-        refit_steps=refits,
-    )
+    linear = linear_spec(lut_size=4, rank=2, scale=ScaleForm.LOWRANK, refit_steps=refits)
     return ModelSpec(mlp=linear, attention=linear, calibration_sequences=calibration)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lib.base.errors import ParamsError
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
+from tests.tiny_models import linear_spec
 
 SPECS = st.builds(
     LinearSpec,
@@ -41,13 +42,7 @@ def test_equally_spaced_codebooks() -> None:
 
 
 def test_a_rank_above_the_layers_is_refused_by_name() -> None:
-    spec = LinearSpec(
-        lut_size=4,
-        rank=9,
-        group_size=8,
-        scale=ScaleForm.LOWRANK,
-        codebook=Codebook.UNIFORM,
-    )
+    spec = linear_spec(lut_size=4, rank=9, group_size=8, scale=ScaleForm.LOWRANK)
     spec.check_shape(9, 100, "model.layers.0.mlp.up_proj")
     with pytest.raises(ParamsError, match=r"rank 9 .*layers\.3\.mlp\.up_proj .*at most 8"):
         spec.check_shape(8, 100, "model.layers.3.mlp.up_proj")
