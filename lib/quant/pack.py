@@ -12,6 +12,9 @@ from torch import Tensor
 from lib.base.errors import CorruptError
 
 
+_GROUP = 8  # indices of b bits fill b bytes, so 8 of them always fit one 64-bit word
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that ``count`` indices of ``bits`` bits take."""
     return -(-count * bits // 8)
@@ -31,10 +34,13 @@ def pack_indices(indices: Tensor, bits: int) -> Tensor:
             f"index {flat.max() if flat.max() >= 1 << bits else flat.min()} does not fit into "
             f"{bits} bits (0 to {(1 << bits) - 1}); the LUT and the indices do not belong together"
         )
-    planes = np.unpackbits(
-        flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little"
-    )  # [N, bits]
-    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+    values = np.zeros((-(-flat.size // _GROUP), _GROUP), dtype=np.uint64)
+    values.reshape(-1)[: flat.size] = flat
+    words = np.zeros(len(values), dtype="<u8")
+    for place in range(_GROUP):
+        words |= values[:, place] << np.uint64(place * bits)
+    groups = words.view(np.uint8).reshape(-1, 8)[:, :bits]
+    return torch.from_numpy(groups.reshape(-1)[: packed_bytes(flat.size, bits)].copy())
 
 
 def unpack_indices(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -49,7 +55,12 @@ def unpack_indices(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
             f"packed indices hold {packed.numel()} bytes of {packed.dtype}; shape {list(shape)} at "
             f"{bits} bits needs {packed_bytes(count, bits)} bytes of uint8"
         )
-    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
-    planes = stream.reshape(count, bits)
-    values = np.packbits(planes, axis=1, bitorder="little")  # [N, 1], high bits zero
-    return torch.from_numpy(values.reshape(shape).copy())
+    groups = np.zeros((-(-count // _GROUP), bits), dtype=np.uint8)
+    groups.reshape(-1)[: packed.numel()] = packed.cpu().numpy()
+    words = np.zeros((len(groups), 8), dtype=np.uint8)
+    words[:, :bits] = groups
+    wide = words.view("<u8").reshape(-1)
+    values = np.empty((len(groups), _GROUP), dtype=np.uint8)
+    for place in range(_GROUP):
+        values[:, place] = (wide >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
+    return torch.from_numpy(values.reshape(-1)[:count].reshape(shape).copy())
