@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.ane.check import Limits, run_check
+from lib.ane.check import run_check
+from lib.ane.norms import NormForm
+from lib.ane.products import Mode
 from lib.ane.report import write_report
+from lib.ane.spec import CheckSpec, Limits, Remedy
 from lib.base.device import resolve_device, set_threads
 from lib.base.errors import GateError
 from lib.base.stage import run_stage
@@ -33,8 +36,15 @@ def main(checkpoint: Path, tokens: Path, out: Path) -> None:
         torch.tensor(texts.input_ids[row][: texts.lengths[row]], dtype=torch.int64, device=device)
         for row in order[: wanted.sequences]
     ]
-    limits = Limits(max_kl=wanted.max_kl, min_top1=wanted.min_top1)
-    result = run_check(model.to(device), sequences, limits)
+    spec = CheckSpec(
+        limits=Limits(max_kl=wanted.max_kl, min_top1=wanted.min_top1),
+        modes=tuple(Mode(mode) for mode in wanted.modes),
+        norm=NormForm(wanted.norm),
+        remedy=Remedy(wanted.remedy),
+        partial_inputs=wanted.partial_inputs,
+        partial_tokens=wanted.partial_tokens,
+    )
+    result = run_check(model.to(device), sequences, spec)
     write_report(result, out)
     if result.failures and wanted.gate == "fail":
         more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""

@@ -16,11 +16,13 @@ class Constants:
 
     Attributes:
         layers: number of quantized layers.
+        entries: LUT and scale entries looked at.
         subnormal: entries that are FP16 subnormals (some devices flush them to zero).
         faults: what is wrong, by layer, in words.
     """
 
     layers: int
+    entries: int
     subnormal: int
     faults: dict[str, str]
 
@@ -28,7 +30,7 @@ class Constants:
 def check_constants(layers: dict[str, LutLinear]) -> Constants:
     """Look at the values as stored (not as rounded in a forward pass): a snapped model passes."""
     faults: dict[str, str] = {}
-    subnormal = 0
+    entries = subnormal = 0
     for name, layer in layers.items():
         tensors = {"LUT": fp16_facts(layer.lut)}
         for part, parameter in layer.scale.named_parameters():
@@ -41,8 +43,9 @@ def check_constants(layers: dict[str, LutLinear]) -> Constants:
             problems.append(f"LUT has {repeated} entries that are equal in FP16")
         if problems:
             faults[name] = "; ".join(problems)
+        entries += sum(facts.entries for facts in tensors.values())
         subnormal += sum(facts.subnormal for facts in tensors.values())
-    return Constants(layers=len(layers), subnormal=subnormal, faults=faults)
+    return Constants(layers=len(layers), entries=entries, subnormal=subnormal, faults=faults)
 
 
 def _faults(part: str, facts: Fp16Facts) -> list[str]:

@@ -1,6 +1,6 @@
 """FP16 arithmetic as a float32 run that rounds after every operation, with a log per layer.
 
-    with Fp16Emulation(model) as emulation:
+    with Fp16Emulation(model, mode=Mode.WIDE) as emulation:
         logits = model(input_ids).logits
 
 Each floating result is rounded to the nearest FP16 value before anything else can read it: that is
@@ -14,7 +14,7 @@ results are rounded: a deployed graph has those tables as constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib.ane.graph import SOFTMAXES, GraphLog
+from lib.ane.products import MATMUL_LIMIT, MATMULS, PARTIAL_INPUTS, Mode, partial_product
 from lib.quant.fp16 import round_to_fp16
 
 FIRST_OVERFLOW = 65520.0
 """Smallest magnitude that rounds to infinity (halfway between 65504 and 65536)."""
 
-MATMUL_LIMIT = 32752.0
-"""Matrix products above about this came out infinite on some devices; sources partly disagree."""
-
-MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm", "convolution", "linear", "matmul"})
-MOVES = frozenset({"clone", "index_select", "cat"})
+MOVES = frozenset({"clone", "index_select", "cat", "_unsafe_view"})
 """Operations that only move values which were rounded when they were made."""
 
 
@@ -43,7 +41,7 @@ class OpRecord:
         module: dotted name of the innermost module running ("" is the model itself).
         op: operation, e.g. ``mm``.
         max_abs: largest finite magnitude before rounding.
-        overflows: runs whose finite result passed 65504 and so became infinite.
+        overflows: runs whose finite result passed the limit of the mode and so became infinite.
     """
 
     module: str
@@ -55,6 +53,14 @@ class OpRecord:
     def is_matmul(self) -> bool:
         return self.op in MATMULS
 
+    def add(self, peak: float, mode: Mode) -> bool:
+        """Take in the largest finite magnitude of one result; whether that becomes infinite."""
+        self.max_abs = max(self.max_abs, peak)
+        bounded = mode is Mode.BOUNDED and self.is_matmul
+        over = peak >= FIRST_OVERFLOW or (bounded and peak > MATMUL_LIMIT)
+        self.overflows += over
+        return over
+
 
 class Fp16Emulation(TorchDispatchMode):
     """Round every floating result to FP16 and log magnitudes by module and operation.
@@ -63,16 +69,33 @@ class Fp16Emulation(TorchDispatchMode):
         model: its modules are tracked by hooks while the context is open; not changed.
         constants: tensors (an attention mask) whose size is a choice of the caller; a result
             that takes one in directly is rounded, but its magnitude is not logged.
+        mode: how the device is taken to do matrix products.
+        partial_inputs: inputs per partial sum; used by mode ``partial`` only.
+        inputs_of: modules whose largest |input| is kept in ``input_peaks``.
     """
 
-    def __init__(self, model: nn.Module, constants: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        constants: Iterable[Tensor] = (),
+        *,
+        mode: Mode = Mode.WIDE,
+        partial_inputs: int = PARTIAL_INPUTS,
+        inputs_of: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.records: dict[tuple[str, str], OpRecord] = {}
         self.non_finite_from: str | None = None  # module of the first NaN or infinity
+        self.input_peaks: dict[str, float] = {}
+        self.graph = GraphLog()
         self._model = model
+        self._mode = mode
+        self._partial_inputs = partial_inputs
+        self._inputs_of = inputs_of
         self._constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
         self._modules = [""]
-        self._unrounded = 0
+        self._paused = 0
+        self._overflowed = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -94,14 +117,18 @@ class Fp16Emulation(TorchDispatchMode):
     def _entering(self, name: str, is_table: bool) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
             self._modules.append(name)
-            self._unrounded += is_table
+            self._paused += 1
+            if name in self._inputs_of:
+                known = self.input_peaks.get(name, 0.0)
+                self.input_peaks[name] = max(known, largest_magnitude(inputs[0]))
+            self._paused += is_table - 1
 
         return hook
 
     def _leaving(self, is_table: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             self._modules.pop()
-            self._unrounded -= is_table
+            self._paused -= is_table
             return _round_results(output) if is_table else output
 
         return hook
@@ -109,20 +136,25 @@ class Fp16Emulation(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         op = func._schema.name.split("::")[1]
-        if self._unrounded or func.is_view or op in MOVES:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
+        result: Any
+        if self._mode is Mode.PARTIAL and op in MATMULS:
+            result = partial_product(func, op, args, kwargs or {}, self._partial_inputs)
+        else:
+            result = func(*args, **(kwargs or {}))
+        self.graph.see(self._modules[-1], func, op, args, result)
+        if op in SOFTMAXES and not self._overflowed:  # else it is no fault of the mask
+            self.graph.see_softmax(args[0])
+        if func.is_view or op in MOVES:
             return result
         watched = not any(self._is_constant(value) for value in args)
-        tensors = result if isinstance(result, tuple | list) else (result,)
-        rounded = [self._settle(value, op, watched) for value in tensors]
-        if func._schema.is_mutable:
-            # In place: the caller holds the tensor itself, so the rounding goes into it.
-            for value, new in zip(tensors, rounded, strict=True):
-                if new is not value:
-                    value.copy_(new)
-            return result
-        return type(result)(rounded) if isinstance(result, tuple | list) else rounded[0]
+        if not watched and isinstance(args[0], Tensor):
+            self.graph.see_masked(args[0])
+        for value in result if isinstance(result, tuple | list) else (result,):
+            self._settle(value, op, watched)
+        return result
 
     def _is_constant(self, value: Any) -> bool:
         return (
@@ -131,13 +163,16 @@ class Fp16Emulation(TorchDispatchMode):
             and value.untyped_storage().data_ptr() in self._constants
         )
 
-    def _settle(self, value: Any, op: str, watched: bool) -> Any:
-        """Log one result and return it rounded; anything but a floating tensor passes."""
+    def _settle(self, value: Any, op: str, watched: bool) -> None:
+        """Log one result and round it in place, which saves the memory of a second tensor and
+        serves operations in place too; anything but a floating tensor passes."""
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-            return value
+            return
         if watched:
             self._log(value, op)
-        return round_to_fp16(value)
+        if self._mode is Mode.BOUNDED and op in MATMULS:
+            value.copy_(torch.where(value.abs() > MATMUL_LIMIT, value * math.inf, value))
+        value.copy_(value.half())
 
     def _log(self, value: Tensor, op: str) -> None:
         module = self._modules[-1]
@@ -148,20 +183,18 @@ class Fp16Emulation(TorchDispatchMode):
             peak = float(finite.abs().max()) if finite.numel() else 0.0
             self.non_finite_from = self.non_finite_from or module
         record = self.records.setdefault((module, op), OpRecord(module, op))
-        record.max_abs = max(record.max_abs, peak)
-        if peak >= FIRST_OVERFLOW:
-            record.overflows += 1
+        if record.add(peak, self._mode):
+            self._overflowed = True
             self.non_finite_from = self.non_finite_from or module
+
+
+def largest_magnitude(values: Tensor) -> float:
+    """max|x|; infinite where an entry is NaN or infinite."""
+    largest = float(values.abs().max())
+    return largest if math.isfinite(largest) else math.inf
 
 
 def _round_results(output: Any) -> Any:
     if isinstance(output, Tensor):
         return round_to_fp16(output) if output.is_floating_point() else output
     return type(output)(_round_results(part) for part in output)
-
-
-@torch.no_grad()
-def round_parameters(model: nn.Module) -> None:
-    """Round every floating parameter to FP16, in place: what a deployed graph stores."""
-    for parameter in model.parameters():
-        parameter.copy_(round_to_fp16(parameter))

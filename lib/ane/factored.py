@@ -8,6 +8,8 @@ Shapes: x [N, in], A [out, r], B [r, in], Q [out, in].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +64,7 @@ def factorize(model: nn.Module, *, fp16: bool) -> dict[str, LutLinear]:
     return originals
 
 
-def restore(model: nn.Module, originals: dict[str, LutLinear]) -> None:
-    """Put the layers back that :func:`factorize` returned."""
-    for name, layer in originals.items():
-        replace_module(model, name, layer)
+def restore(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Put modules back where they were: what :func:`factorize` returned, by name."""
+    for name, module in originals.items():
+        replace_module(model, name, module)

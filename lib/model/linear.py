@@ -214,14 +214,13 @@ class LutLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         a, b = self.factors()
-        trains = self._trains_weight
         return quantized_linear(
             x,
             a,
             b,
             self.levels(),
-            weight=self.weight if trains else None,
-            indices=None if trains else self.indices,
+            indices=self.indices,
+            weight=self.weight if self._trains_weight else None,
             bias=self.bias,
             affine=self.spec.codebook.is_affine,
         )

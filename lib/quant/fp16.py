@@ -16,6 +16,9 @@ FP16_MIN_NORMAL = 2.0**-14
 FP16_MAX_SQUARABLE = math.sqrt(FP16_MAX)
 """Largest value (255.9) whose square is finite: the input limit of a plain x^2 RMSNorm."""
 
+MASK_VALUE = -1e4
+"""Added to attention scores of hidden positions: finite in FP16, and exp() of it is zero."""
+
 
 def round_to_fp16(values: torch.Tensor) -> torch.Tensor:
     """Nearest FP16 value of every entry, in the tensor's own dtype; overflow gives infinity."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lib.base.errors import CorruptError
 
-
 _GROUP = 8  # indices of b bits fill b bytes, so 8 of them always fit one 64-bit word
 
 

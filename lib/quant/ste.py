@@ -62,18 +62,18 @@ class _QuantizedLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         lut: Tensor,
-        indices: Tensor | None,
+        indices: Tensor,
         bias: Tensor | None,
         affine: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             scale = a @ b
-            if indices is None:
-                assert weight is not None
-                w_q, indices = quantized(weight, scale, lut, affine=affine)
-            else:
+            if weight is None:
                 w_q = scaled_levels(scale, indices, lut)
+            else:
+                w_q, found = quantized(weight, scale, lut, affine=affine)
+                indices.copy_(found)
             x_cast = x.to(dtype)
             ctx.save_for_backward(x_cast, a, b, lut, indices)
             ctx.dtype = x.dtype
@@ -112,8 +112,8 @@ def quantized_linear(
     b: Tensor,
     lut: Tensor,
     *,
+    indices: Tensor,
     weight: Tensor | None = None,
-    indices: Tensor | None = None,
     bias: Tensor | None = None,
     affine: bool = False,
 ) -> Tensor:
@@ -123,12 +123,11 @@ def quantized_linear(
 
     Args:
         a: ``[out, r]``; b: ``[r, in]``; lut: ``[n]``, all float32.
-        weight: float32 master ``[out, in]``; indices are searched for when none are given.
-        indices: uint8 ``[out, in]``; given when the weight does not train.
+        indices: uint8 ``[out, in]``. With a weight, the nearest ones are written into it, and it
+            has to stay as it is until backward.
+        weight: float32 master ``[out, in]`` if it trains.
         affine: the LUT is equally spaced.
     """
-    if (weight is None) == (indices is None):
-        raise ValueError("give either the weight (indices are searched) or the indices")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return _QuantizedLinear.apply(x, weight, a, b, lut, indices, bias, affine, dtype)

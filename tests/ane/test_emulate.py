@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib.ane.emulate import Fp16Emulation, round_parameters
+from lib.ane.emulate import Fp16Emulation
 from lib.quant.fp16 import is_fp16_exact
 from tests.ane.tiny import snapped_model, token_sequences
 
@@ -130,12 +130,3 @@ def test_rotary_tables_are_constants() -> None:
     with torch.no_grad(), Fp16Emulation(model):
         tables = rotary(x, positions)
     assert all(torch.equal(a, b) for a, b in zip(tables, expected, strict=True))
-
-
-def test_round_parameters() -> None:
-    layer = nn.Linear(8, 8)
-    before = layer.weight.detach().clone()
-    round_parameters(layer)
-    assert is_fp16_exact(layer.weight)
-    assert torch.equal(layer.weight, before.half().float())
-    assert not torch.equal(layer.weight, before)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.ane.products import Mode
+from lib.ane.spec import CheckSpec, Limits
 from lib.model.surgery import quantize_model
 from lib.model.tiny import VOCABULARY, random_teacher
 from lib.quant.spec import ModelSpec
@@ -30,3 +32,17 @@ def token_sequences(count: int = 2, length: int = 24) -> list[Tensor]:
     return [
         torch.randint(3, VOCABULARY - 30, (length - i,), generator=generator) for i in range(count)
     ]
+
+
+def check_spec(max_kl: float = 0.02, min_top1: float = 0.85, **changes: Any) -> CheckSpec:
+    """A check that a sound tiny model passes, in mode wide only unless told otherwise."""
+    values: dict[str, Any] = {"modes": (Mode.WIDE,), **changes}
+    return CheckSpec(limits=Limits(max_kl=max_kl, min_top1=min_top1), **values)
+
+
+def with_large_residual() -> PreTrainedModel:
+    """A model whose residual stream passes 255 (but not 65504) from the embedding on."""
+    model = snapped_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1024.0)
+    return model

@@ -18,6 +18,7 @@ SMALLEST: dict[str, Any] = {
     "finetune_q2": {},
     "snap": {},
     "ane_check": {},
+    "export": {},
     "evaluate": {},
 }
 

@@ -36,7 +36,14 @@ def slow(weight: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
 def searched(v: dict[str, Tensor], *, affine: bool = False) -> Tensor:
     """W_q ``[out, in]``, differentiable: the product with the identity."""
     factors = (v["a"], v["b"], v["lut"])
-    return quantized_linear(torch.eye(IN), *factors, weight=v["weight"], affine=affine).T
+    return quantized_linear(
+        torch.eye(IN), *factors, indices=room(), weight=v["weight"], affine=affine
+    ).T
+
+
+def room() -> Tensor:
+    """Where found indices go; what is there before does not matter."""
+    return torch.full((OUT, IN), 77, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -97,7 +104,7 @@ def test_what_is_kept_for_backward() -> None:
 
     x = torch.randn(5, IN)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        quantized_linear(x, v["a"], v["b"], v["lut"], weight=v["weight"])
+        quantized_linear(x, v["a"], v["b"], v["lut"], indices=room(), weight=v["weight"])
     large = [tensor for tensor in kept if tensor.numel() >= OUT * IN]
     assert [tensor.dtype for tensor in large] == [torch.uint8]
 
@@ -110,12 +117,17 @@ def test_zero_scales_give_zero_weights() -> None:
     assert fast.isfinite().all() and (fast[3] == 0).all()
 
 
-def test_weight_or_indices_not_both() -> None:
-    v = tensors()
-    indices = torch.zeros(OUT, IN, dtype=torch.uint8)
-    for wrong in ({}, {"weight": v["weight"], "indices": indices}):
-        with pytest.raises(ValueError, match="either"):
-            quantized_linear(torch.eye(IN), v["a"], v["b"], v["lut"], **wrong)
+def test_found_indices_are_written_where_they_stay_until_backward() -> None:
+    v = {name: value.requires_grad_(True) for name, value in tensors().items()}
+    indices = room()
+    eye = torch.eye(IN)
+    y = quantized_linear(eye, v["a"], v["b"], v["lut"], indices=indices, weight=v["weight"])
+    with torch.no_grad():
+        ratio = safe_ratio(v["weight"], v["a"] @ v["b"])
+    assert torch.equal(indices, assign(ratio, v["lut"].detach(), affine=False))
+    indices[0, 0] ^= 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_round_fp16_rounds_and_passes_gradients() -> None:
@@ -135,7 +147,7 @@ def test_autocast_touches_the_product_alone() -> None:
     x = torch.randn(6, IN, generator=torch.Generator().manual_seed(4))
     upstream = torch.randn(6, OUT, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = quantized_linear(x, a, b, lut, weight=v["weight"])
+        y = quantized_linear(x, a, b, lut, indices=room(), weight=v["weight"])
     assert y.dtype == torch.bfloat16
     w_q = searched({"a": a, "b": b, "lut": lut, "weight": v["weight"]}).detach()
     assert torch.equal(y, x.bfloat16() @ w_q.bfloat16().T)  # W_q was exact until here
