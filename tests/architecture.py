@@ -28,6 +28,7 @@ LAYERS: dict[str, int] = {
     "lib.snap": 4,
     "lib.ane": 4,
     "lib.evaluate": 4,
+    "lib.export": 4,
     "lib.cli": 5,
     "lib.api": 5,
 }

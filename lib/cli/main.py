@@ -14,6 +14,7 @@ from lib.base.errors import exit_on_error
 from lib.cli.convert import convert_checkpoint
 from lib.cli.generate import chat, generate
 from lib.cli.inspect import inspect
+from lib.cli.mac_check import mac_check
 from lib.cli.plot import plot
 from lib.cli.profile import profile
 
@@ -46,6 +47,7 @@ for _command, _name in (
     (profile, "profile"),
     (convert_checkpoint, "convert-checkpoint"),
     (plot, "plot"),
+    (mac_check, "mac-check"),
 ):
     app.command(_name, no_args_is_help=_command not in (profile,))(_guarded(_command))
 

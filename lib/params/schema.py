@@ -6,8 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.params.base import Count, Positive, Section, Seed, Share
+from lib.params.ane import AneCheck
+from lib.params.base import Count, Section, Seed
 from lib.params.data import Cache, Run, Teacher, Tokens
+from lib.params.export import Export
 from lib.params.training import (
     Convert,
     Distill,
@@ -26,21 +28,6 @@ class Snap(Section):
 
     form: Literal["lut", "baked"] = "lut"
     """`lut`: packed indices, LUT and scales; `baked`: FP16 weights."""
-
-
-class AneCheck(Section):
-    """The FP16 gate of the Apple Neural Engine."""
-
-    sequences: Count = 4
-    """Held-out sequences that are run with rounding after every operation."""
-    gate: Literal["fail", "warn"] = "fail"
-    """What a broken limit does: stop the pipeline, or only report."""
-    max_kl: Positive = 0.05
-    """Largest mean KL divergence of the FP16 output from the FP32 one, in nats per token."""
-    min_top1: Share = 0.95
-    """Smallest share of positions where both predict the same token."""
-    seed: Seed = 0
-    """Seed of the choice of sequences."""
 
 
 class Evaluate(Section):
@@ -86,6 +73,7 @@ class Params(Section):
     finetune_q2: FinetuneQ2
     snap: Snap
     ane_check: AneCheck
+    export: Export
     evaluate: Evaluate
     run: Run = Run()
 

@@ -166,6 +166,8 @@ class Weights(TrainConfig):
 
     rates: Rates = Rates(weight=5e-6)
     """Default: the reference's weight rate, for thousands of steps."""
+    seed: Seed = 1
+    """Seed of the order of the data: another one than before, or a stage sees the same again."""
     hard_top1_weight: NotNegative = 0.1
     """Default: the reference."""
     hard_full_weight: NotNegative = 5e-4
@@ -177,6 +179,8 @@ class Finetune(TrainConfig):
 
     rates: Rates = Rates(weight=1e-6, scale_direction=1e-6, scale_magnitude=1e-6)
     """Default: the reference's fine-tune rate."""
+    seed: Seed = 2
+    """Seed of the order of the data: another one than before, or a stage sees the same again."""
 
 
 class FinetuneQ2(TrainConfig):
@@ -186,6 +190,8 @@ class FinetuneQ2(TrainConfig):
     """Optimizer steps. Default: the reference's progressive run."""
     rates: Rates = Rates(weight=5e-5, scale_direction=5e-5, scale_magnitude=5e-5)
     """Default: the reference's rate after conversion."""
+    seed: Seed = 3
+    """Seed of the order of the data: another one than before, or a stage sees the same again."""
     warmup_steps: CountOrZero = 100
     """Steps over which the rates rise from 0. Default: the reference."""
     schedule: Literal["constant", "cosine"] = "cosine"

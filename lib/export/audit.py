@@ -1,0 +1,195 @@
+"""What a package holds, against the model it was made from: bit for bit, and nothing beside it.
+
+Broken packages can differ by little in their logits, so the constants themselves are compared: the
+convolutions of a program stand in the order in which the graph runs them, and each must have its
+layer's LUT and indices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lib.export.graph import DeployedDecoder
+from lib.export.interpret import constant_weight
+from lib.export.layers import HEAD_SLICE, FactoredConv
+from lib.export.package import Array, Function, Name, Operation, Package
+
+MAX_RANK = 4
+MAX_SIDE = 16384  # width and height of a tensor
+MAX_CHANNELS = 65536
+_WIDE = ("FLOAT32", "FLOAT64")
+_ORDER = {name: place for place, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
+
+
+@dataclass(kw_only=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        faults: one line each; empty when the package is what it should be.
+        layers: quantized layers found exact, the same in every function.
+        operations: how many of each kind, constants left out, all functions together.
+        megabytes: 10^6 bytes in the weight file: ``layers`` (indices, LUTs, factors),
+            ``embeddings`` (with the head) and ``total`` of the folder.
+        bits_per_weight: of the quantized layers, everything counted.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    layers: int = 0
+    operations: dict[str, int] = field(default_factory=dict)
+    megabytes: dict[str, float] = field(default_factory=dict)
+    bits_per_weight: float | None = None
+
+
+def audit_package(package: Package, decoder: DeployedDecoder) -> Audit:
+    """Compare a package with the graph it was made from.
+
+    Raises:
+        CorruptError: the package cannot be read.
+    """
+    audit = Audit()
+    counts: Counter[str] = Counter()
+    if not package.functions:
+        audit.faults.append("the package has no function")
+    for name in package.functions:
+        function = package.function(name)
+        audit.layers = _check_layers(function, decoder, name, audit.faults)
+        _check_types(function, name, audit.faults)
+        counts.update(o.kind for o in function.operations if o.kind != "const")
+    audit.operations = dict(sorted(counts.items()))
+    _check_sizes(package, decoder, audit)
+    return audit
+
+
+def _check_layers(
+    function: Function, decoder: DeployedDecoder, name: str, faults: list[str]
+) -> int:
+    """Each quantized layer against its convolution; returns how many are exact."""
+    makers = {o.outputs[0].name: o for o in function.operations if o.outputs}
+    weights = [
+        makers.get(bound.name)
+        for operation in function.operations
+        if operation.kind == "conv" and isinstance(bound := operation.inputs["weight"][0], Name)
+    ]
+    expected = _convolutions(decoder)
+    if len(weights) != len(expected):
+        faults.append(
+            f"{name}: {len(weights)} convolutions, the model has {len(expected)} (projections and "
+            "slices of the head)"
+        )
+        return 0
+    exact = 0
+    for (layer, module), maker in zip(expected, weights, strict=True):
+        if module is None:
+            continue
+        why = _difference(module, maker)
+        if why:
+            faults.append(f"{name}: {layer}: {why}")
+        exact += not why
+    return exact
+
+
+def _convolutions(decoder: DeployedDecoder) -> list[tuple[str, FactoredConv | None]]:
+    """Name and module (None: not quantized) of every convolution, in the order they run."""
+    quantized = decoder.layers()
+    names = {module: name for name, module in quantized.items()}
+    found: list[tuple[str, FactoredConv | None]] = []
+    for block in decoder.blocks:
+        for part in ("attention", "mlp"):
+            children = block.get_submodule(part).named_children()
+            for _, child in sorted(
+                (pair for pair in children if pair[0] in _ORDER), key=lambda pair: _ORDER[pair[0]]
+            ):
+                own = child if isinstance(child, FactoredConv) else None
+                found.append((names[own] if own is not None else "", own))
+    return found + [("", None)] * len(decoder.head)
+
+
+def _difference(module: FactoredConv, maker: Operation | None) -> str:
+    """Why a convolution's weight is not the layer's, or nothing."""
+    if maker is None or maker.kind != "constexpr_lut_to_dense":
+        kind = "an input" if maker is None else maker.kind
+        return f"its weight is stored as {kind}, not as indices and a LUT"
+    found = constant_weight(maker)
+    if found is None:
+        return "its weight has several LUTs"
+    indices, lut = found
+    wanted_lut = module.lut.numpy().astype(np.float16)
+    wanted = module.indices.numpy()
+    if lut.dtype != np.float16 or not _same(lut, wanted_lut):
+        return f"its LUT is {lut.tolist()} instead of {wanted_lut.tolist()}"
+    if indices.size != wanted.size:
+        return f"it has {indices.size} indices instead of {wanted.size}"
+    wrong = np.flatnonzero(indices.reshape(-1) != wanted.reshape(-1))
+    if len(wrong):
+        row, column = divmod(int(wrong[0]), wanted.shape[1])
+        return f"{len(wrong)} indices differ, first at row {row}, column {column}"
+    return ""
+
+
+def _same(left: Array, right: Array) -> bool:
+    return left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def _check_types(function: Function, name: str, faults: list[str]) -> None:
+    """FP16, static and small enough everywhere; constants finite."""
+    for operation in function.operations:
+        for output in operation.outputs:
+            where = f"{name}: {operation.kind} {output.name}"
+            parameter = operation.kind == "const" and not output.shape  # such as an epsilon
+            if output.dtype in _WIDE and not parameter:
+                faults.append(f"{where} is {output.dtype}; the Neural Engine computes in FP16 only")
+            if operation.kind.startswith("const"):
+                continue
+            if any(size <= 0 for size in output.shape):
+                faults.append(f"{where} has no fixed shape")
+            if len(output.shape) > MAX_RANK:
+                faults.append(f"{where} has rank {len(output.shape)}, {MAX_RANK} is the most")
+            sides, channels = output.shape[-2:], output.shape[1:2]
+            if any(s > MAX_SIDE for s in sides) or any(c > MAX_CHANNELS for c in channels):
+                faults.append(f"{where} of shape {list(output.shape)} is too large for one tensor")
+            if operation.kind == "conv" and output.shape[1] > HEAD_SLICE:
+                faults.append(f"{where} makes {output.shape[1]} channels, more than {HEAD_SLICE}")
+        value = operation.attributes.get("val")
+        if (
+            isinstance(value, np.ndarray)
+            and value.dtype.kind == "f"
+            and not np.isfinite(value).all()
+        ):
+            faults.append(f"{name}: constant {operation.outputs[0].name} is not finite")
+
+
+def _check_sizes(package: Package, decoder: DeployedDecoder, audit: Audit) -> None:
+    """The weight file holds each constant once: no dense copy, tied embeddings not twice."""
+    layers = decoder.layers().values()
+    bits = [(len(m.lut) - 1).bit_length() for m in layers]
+    packed = sum(-(-m.indices.numel() * b // 8) for m, b in zip(layers, bits, strict=True))
+    factors = sum(
+        2 * sum(t.numel() for t in (m.lut, m.a, m.b, m.bias) if t is not None) for m in layers
+    )
+    own = {id(p): p.numel() for part in (decoder.embedding.slices, decoder.head) for p in part}
+    quantized = {id(p) for m in layers for p in m.parameters()}
+    rest = sum(
+        p.numel() for p in decoder.parameters() if id(p) not in own and id(p) not in quantized
+    ) + sum(b.numel() for b in (decoder.cosines, decoder.sines))
+    embeddings = 2 * sum(own.values())
+    expected = packed + factors + embeddings + 2 * rest
+    stored = package.weights_file.stat().st_size
+    # what is small is kept in the program itself, and each constant has a header of 64 bytes
+    spare = 256 * (len(own) + 8 * len(list(layers)) + 8 * len(decoder.blocks) + 64)
+    if stored > expected + spare:
+        audit.faults.append(
+            f"the weight file has {stored} bytes, {stored - expected} more than the model's "
+            f"constants need ({expected}): something is stored twice or dense"
+        )
+    weights = sum(m.indices.numel() for m in layers)
+    total = sum(f.stat().st_size for f in package.folder.rglob("*") if f.is_file())
+    audit.megabytes = {
+        "layers": (packed + factors) / 1e6,
+        "embeddings": embeddings / 1e6,
+        "total": total / 1e6,
+    }
+    audit.bits_per_weight = 8 * (packed + factors) / weights if weights else None
