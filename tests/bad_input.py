@@ -35,6 +35,7 @@ ARGUMENTS = {
     "convert": "runs/scales/model data/cache runs/convert",
     "snap": "runs/scales/model runs/snap",
     "ane_check": "runs/snap/model data/tokens runs/ane_check",
+    "export": "runs/snap/model data/tokens runs/ane_check/deploy.json runs/export",
     "evaluate": "data/teacher data/tokens runs runs/evaluate",
 }
 """Command lines as in dvc.yaml, but with the stages between scales and snap left out."""

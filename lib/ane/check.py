@@ -14,7 +14,7 @@ from lib.ane.forms import Forms, Reference, run_forms, run_reference
 from lib.ane.graph import Fact, graph_facts
 from lib.ane.judge import Failure, Judge, Kind, norm_peaks
 from lib.ane.norms import NormForm
-from lib.ane.products import Mode
+from lib.ane.products import MATMUL_LIMIT, Mode
 from lib.ane.spec import CheckSpec, Remedy
 from lib.base.errors import InputError, MismatchError
 from lib.model.rescale import ResidualStream, choose_alpha, residual_stream, scale_residual
@@ -124,9 +124,9 @@ class _Check:
         """The model as it is now."""
         forms = run_forms(self._model, self._reference, self._spec)
         log = next(iter(forms.values()))[Mode.WIDE].graph
-        longest = max(len(ids) for ids in self._reference.sequences)
-        facts = graph_facts(self._model, log, longest)
-        judge = Judge(spec=self._spec, stream=self._stream)
+        facts = graph_facts(self._model, log)
+        quantized = frozenset(quantized_layers(self._model))
+        judge = Judge(spec=self._spec, stream=self._stream, quantized=quantized)
         return CheckResult(
             spec=self._spec,
             tokens=self._reference.tokens,
@@ -163,12 +163,13 @@ class _Check:
         if self._stream is None:
             return 1.0, self._unknown_stream
         square = FP16_MAX_SQUARABLE if self._spec.norm is NormForm.PLAIN else FP16_MAX
+        product = MATMUL_LIMIT if Mode.BOUNDED in self._spec.modes else FP16_MAX
         reference = self._reference
         try:
             alpha = min(
                 choose_alpha([reference.norms[n] for n in self._stream.readers], square / MARGIN),
                 choose_alpha(
-                    [reference.written[n] for n in self._stream.writers], FP16_MAX / MARGIN
+                    [reference.written[n] for n in self._stream.writers], product / MARGIN
                 ),
             )
         except ValueError as error:  # float32 itself is not finite

@@ -63,6 +63,9 @@ class FormResult:
 Forms = dict[str, dict[Mode, FormResult]]
 """Results by form and mode."""
 
+FACTORED = "factored"
+BAKED = "baked"
+
 
 def causal_mask(length: int, device: torch.device) -> Tensor:
     """Additive mask ``[1, 1, length, length]``, :data:`MASK_VALUE` at future positions."""
@@ -260,9 +263,9 @@ def run_forms(model: PreTrainedModel, reference: Reference, spec: CheckSpec) -> 
     with _deployed_norms(model, spec), _rounded(model):
         if quantized_layers(model):
             with _factored(model):
-                forms["factored"] = _run_modes(model, reference, spec, "factored")
+                forms[FACTORED] = _run_modes(model, reference, spec, FACTORED)
         with _baked(model):
-            forms["baked"] = _run_modes(model, reference, spec, "baked")
+            forms[BAKED] = _run_modes(model, reference, spec, BAKED)
     return forms
 
 

@@ -1,7 +1,8 @@
 """Facts about the graph: what is in it besides numbers, and whether its shapes fit the device.
 
 Operations and ranks are those that ran under emulation; sides and channels are those of the
-deployed layout (1, channels, height, tokens), computed from the model.
+deployed layout (1, channels, height, tokens), computed from the model. How many tokens a call takes
+is chosen when it is exported: what only the longest choice breaks is noted and does not fail.
 """
 
 from __future__ import annotations
@@ -15,17 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.model.limits import HEAD_SLICE, MAX_CHANNELS, MAX_RANK, MAX_SIDE
 from lib.model.linear import LutLinear
 from lib.model.surgery import projections
 from lib.quant.fp16 import MASK_VALUE, round_to_fp16
-
-MAX_RANK = 4
-MAX_SIDE = 16384
-"""Largest width or height of a tensor."""
-
-MAX_CHANNELS = 65536
-MAX_HEAD = 16384
-"""Largest number of outputs of one slice of the head."""
 
 MAX_SUM = 2048
 """Longest reduce_sum that is not reported: longer ones were found inexact."""
@@ -123,22 +117,23 @@ class Fact:
     found: str
 
 
-def graph_facts(model: PreTrainedModel, log: GraphLog, tokens: int) -> list[Fact]:
+def graph_facts(model: PreTrainedModel, log: GraphLog) -> list[Fact]:
     """Every fact, in the order of the report.
 
     Args:
         model: the model with its own layers (not their deployed forms).
         log: of a run of the factored form, or of the baked one if there is no other.
-        tokens: length of the longest sequence that was run.
     """
+    positions = getattr(model.config, "max_position_embeddings", None)
     return [
         _mask(log),
         _absent("no log(softmax)", log.logarithms, "no logarithm in the graph"),
         _absent("static shapes", log.dynamic, "no operation whose shape depends on data"),
         _rank(log),
-        *_sizes(model, tokens),
+        _sides(model, positions),
+        _channels(model),
         _head(model),
-        _sums(log),
+        _sums(log, positions),
     ]
 
 
@@ -178,7 +173,8 @@ def _rank(log: GraphLog) -> Fact:
 
 
 def deployed_shapes(model: PreTrainedModel, tokens: int) -> dict[str, tuple[int, int, int]]:
-    """(channels, height, width) of the largest tensors by module, in the deployed layout.
+    """(channels, height, width) of the largest tensors by module, in the deployed layout, when a
+    call takes ``tokens`` tokens and the cache has as many slots.
 
     Ranks of a factored layer stand on the height axis; scores of the query heads that share keys
     stand below each other.
@@ -192,47 +188,64 @@ def deployed_shapes(model: PreTrainedModel, tokens: int) -> dict[str, tuple[int,
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     shapes["attention scores"] = (shared, heads // shared * tokens, tokens)
-    shapes["head"] = (min(config.vocab_size, MAX_HEAD), 1, tokens)
+    shapes["head"] = (min(config.vocab_size, HEAD_SLICE), 1, tokens)
     return shapes
 
 
-def _sizes(model: PreTrainedModel, tokens: int) -> list[Fact]:
-    channels, side = Largest(), Largest()
-    for name, (depth, height, width) in deployed_shapes(model, tokens).items():
-        channels.see(depth, name)
+def _largest_side(model: PreTrainedModel, tokens: int) -> Largest:
+    side = Largest()
+    for name, (_, height, width) in deployed_shapes(model, tokens).items():
         side.see(max(height, width), name)
-    facts = [
-        Fact(
-            name=name,
-            status=Status.OK if largest.value <= limit else Status.BROKEN,
-            found=f"{largest.value} in {largest.where}, with {tokens} tokens per call",
-        )
-        for name, largest, limit in (
-            (f"width and height at most {MAX_SIDE}", side, MAX_SIDE),
-            (f"channels at most {MAX_CHANNELS}", channels, MAX_CHANNELS),
-        )
-    ]
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None:
-        short = context <= MAX_SIDE
-        found = f"the model has {context} positions"
-        found += "" if short else f"; a cache can have {MAX_SIDE} slots at most"
-        status = Status.OK if short else Status.NOTE
-        facts.append(Fact(name="context", status=status, found=found))
-    return facts
+    return side
+
+
+def _sides(model: PreTrainedModel, positions: int | None) -> Fact:
+    """Fails where a single token breaks the limit: nothing that export may choose avoids it."""
+    name = f"width and height at most {MAX_SIDE}"
+    least = _largest_side(model, 1)
+    found = f"{least.value} in {least.where} with one token per call, the least that export takes"
+    if least.value > MAX_SIDE:
+        return Fact(name=name, status=Status.BROKEN, found=found)
+    chosen = "export.context and export.prefill_tokens decide, and the package is audited"
+    if positions is None:
+        found += f"; the model's config names no longest context: {chosen}"
+        return Fact(name=name, status=Status.NOTE, found=found)
+    most = _largest_side(model, positions)
+    found = (
+        f"{most.value} in {most.where} with all {positions} positions in one call, the most that "
+        "the model could be exported with"
+    )
+    if most.value > MAX_SIDE:
+        return Fact(name=name, status=Status.NOTE, found=f"{found}; {chosen}")
+    return Fact(name=name, status=Status.OK, found=found)
+
+
+def _channels(model: PreTrainedModel) -> Fact:
+    """They do not depend on the number of tokens."""
+    largest = Largest()
+    for module, (channels, _, _) in deployed_shapes(model, 1).items():
+        largest.see(channels, module)
+    status = Status.OK if largest.value <= MAX_CHANNELS else Status.BROKEN
+    found = f"{largest.value} in {largest.where}"
+    return Fact(name=f"channels at most {MAX_CHANNELS}", status=status, found=found)
 
 
 def _head(model: PreTrainedModel) -> Fact:
+    """Not judged: export cuts the head, and the slices of a package are audited."""
     entries = int(model.config.vocab_size)
-    slices = math.ceil(entries / MAX_HEAD)
-    found = f"{slices} for a vocabulary of {entries}, {MAX_HEAD} at most in each"
-    return Fact(name="head slices", status=Status.OK, found=found)
+    slices = math.ceil(entries / HEAD_SLICE)
+    found = f"{slices} for a vocabulary of {entries}, {HEAD_SLICE} at most in each"
+    return Fact(name="head slices", status=Status.NOTE, found=found)
 
 
-def _sums(log: GraphLog) -> Fact:
-    found = f"the longest has {log.sum.value} terms, {log.sum.where}"
+def _sums(log: GraphLog, positions: int | None) -> Fact:
+    """Noted, never failed: how much a long sum loses on a device is not known, nor emulated."""
     name = f"reduce_sum at most {MAX_SUM}"
-    if log.sum.value <= MAX_SUM:
-        return Fact(name=name, status=Status.OK, found=found)
-    found += "; longer ones were found inexact, sum in two steps or by a matrix product"
-    return Fact(name=name, status=Status.NOTE, found=found)
+    found = f"the longest that ran has {log.sum.value} terms, {log.sum.where}"
+    noted = log.sum.value > MAX_SUM
+    if positions is not None and positions > MAX_SUM:
+        found += f"; a softmax has one for each slot of the cache, {positions} at most"
+        noted = True
+    if noted:
+        found += "; longer ones were found inexact, sum in two steps or by a matrix product"
+    return Fact(name=name, status=Status.NOTE if noted else Status.OK, found=found)

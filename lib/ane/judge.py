@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from lib.ane.constants import Constants
 from lib.ane.emulate import FIRST_OVERFLOW, OpRecord
-from lib.ane.forms import FormResult, Forms
+from lib.ane.forms import FACTORED, FormResult, Forms
 from lib.ane.graph import Fact, Status
 from lib.ane.norms import SQUARE, NormForm
 from lib.ane.products import MATMUL_LIMIT, Mode
@@ -63,10 +63,12 @@ class Judge:
 
     Attributes:
         stream: the residual stream, None where it is not known.
+        quantized: names of the layers that the factored form computes rank by rank.
     """
 
     spec: CheckSpec
     stream: ResidualStream | None
+    quantized: frozenset[str]
 
     def failures(self, constants: Constants, forms: Forms, facts: Iterable[Fact]) -> list[Failure]:
         """Every broken limit, in the order of the report."""
@@ -107,21 +109,21 @@ class Judge:
 
     def _overflow(self, form: str, mode: Mode, record: OpRecord, result: FormResult) -> Failure:
         module = record.module
-        in_stream = self.stream is not None and module in self.stream
+        scaled = self._is_scaled(form, record)
         peak = result.norm_inputs.get(module)
         if peak is not None and record.op == SQUARE and self.spec.norm is NormForm.PLAIN:
             why = (
                 f"largest |input| {peak:.6g}: its square is infinite in FP16 above "
                 f"{FP16_MAX_SQUARABLE:.1f}, and a plain norm silently gives zeros"
             )
-            remedy = f"{PRESCALED} or {ALPHA}" if in_stream else PRESCALED
+            remedy = f"{PRESCALED} or {ALPHA}" if scaled else PRESCALED
         else:
             why = f"{record.op} reaches {record.max_abs:.6g}, "
             if record.max_abs >= FIRST_OVERFLOW:
                 why += "above 65504: infinite in FP16"
             else:
                 why += f"above {MATMUL_LIMIT:.0f}: infinite on some devices"
-            remedy = f"{ALPHA}, with {PRESCALED}" if in_stream else ""
+            remedy = f"{ALPHA}, with {PRESCALED}" if scaled else ""
         return Failure(
             layer=module or "the model",
             form=form,
@@ -130,6 +132,19 @@ class Judge:
             why=why,
             remedy=remedy,
         )
+
+    def _is_scaled(self, form: str, record: OpRecord) -> bool:
+        """Whether alpha makes the results of an operation smaller.
+
+        Of a norm that reads the stream only the square is; what it returns stays. Rank by rank
+        alpha is in the factor A, which comes after the matrix product.
+        """
+        module = record.module
+        if self.stream is None or module not in self.stream:
+            return False
+        if module in self.stream.readers:
+            return record.op == SQUARE
+        return not (form == FACTORED and record.is_matmul and module in self.quantized)
 
     def warnings(self, constants: Constants, forms: Forms) -> list[str]:
         """What is worth knowing and breaks no limit."""

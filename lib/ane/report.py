@@ -1,4 +1,4 @@
-"""The gate's outputs: report.json, report.md, headroom.svg and the stage's metrics."""
+"""The gate's outputs: report.json, report.md, headroom.svg, deploy.json, the stage's metrics."""
 
 from __future__ import annotations
 
@@ -112,9 +112,19 @@ def _comparison(result: FormResult) -> dict[str, Any]:
     }
 
 
+def to_deploy(result: CheckResult) -> dict[str, Any]:
+    """What an export has to repeat so that it is the model that was judged: the factor of the
+    residual stream, and the form of the norms."""
+    return {"alpha": result.alpha, "norm": str(result.spec.norm)}
+
+
 def write_report(result: CheckResult, folder: Path) -> None:
-    """Write report.json, report.md, headroom.svg and metrics.json into ``folder``."""
+    """Write report.json, report.md, headroom.svg, deploy.json and metrics.json into ``folder``.
+
+    deploy.json is apart from the report, so that only a change of what is deployed exports again.
+    """
     write_json(folder / "report.json", to_json(result))
     write_text(folder / "report.md", to_markdown(result))
     write_svg(folder / "headroom.svg", draw_headroom(result))
+    write_json(folder / "deploy.json", to_deploy(result))
     write_json(folder / "metrics.json", metrics(result))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lib.cli import mac_runtime
-from lib.cli.mac_runtime import FUNCTIONS, CoreMLRuntime, Placement, Units
+from lib.cli.mac_runtime import CoreMLRuntime, Placement, Units
+from lib.export.names import EXPECTED, FUNCTIONS, PACKAGE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PACKAGE = "model.mlpackage"
-EXPECTED = "check.safetensors"
 STATEMENT = (
     "Devices are what MLComputePlan reports as preferred; a prediction does not tell where it ran."
 )
@@ -169,13 +168,16 @@ class _Text:
         """Logits ``[len(ids), V]`` after each of the tokens that come next."""
         import torch
 
+        from lib.export.graph import join_logits
+
         width = tokens_of(function, self._expected)
         parts = []
         for start in range(0, len(ids), width):
             chunk = ids[start : start + width]
             inputs = call_inputs(chunk, self._length, width, self._expected.slots)
             outputs = self._runtime.predict(function, inputs, self._state)
-            parts.append(join_logits(outputs)[: len(chunk)])
+            logits = {name: torch.from_numpy(value) for name, value in outputs.items()}
+            parts.append(join_logits(logits)[: len(chunk)])
             self._length += len(chunk)
         return torch.cat(parts)
 
@@ -191,16 +193,6 @@ def call_inputs(ids: list[int], start: int, tokens: int, slots: int) -> dict[str
 
     named = step_inputs(ids, start, tokens, slots).named()
     return {name: value.numpy() for name, value in named.items()}
-
-
-def join_logits(outputs: dict[str, np.ndarray]) -> Tensor:
-    """``logits_0``, ``logits_1``, ... ``(1, V', 1, S)``, in any order -> ``[S, V]``."""
-    import torch
-
-    names = [name for name in outputs if name.startswith("logits_")]
-    names.sort(key=lambda name: int(name.removeprefix("logits_")))
-    slices = [torch.from_numpy(outputs[name]).float() for name in names]
-    return torch.cat(slices, 1)[0, :, 0].T
 
 
 def check(runtime: CoreMLRuntime, expected: Expected, calls: int) -> dict[str, Findings]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.base.errors import InputError
+from lib.export.names import FUNCTIONS
 
 if TYPE_CHECKING:
     import numpy as np
 
-FUNCTIONS = ("prefill", "decode")
 OLDEST_MACOS = 15  # the first with state and several functions in a package
 _CONSTANTS = "const"  # const, constexpr_lut_to_dense, ...: computed before any prediction
 

@@ -11,17 +11,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
-from lib.export.graph import DeployedDecoder
+from lib.export.graph import DeployedDecoder, layer_name
 from lib.export.interpret import constant_weight
-from lib.export.layers import HEAD_SLICE, FactoredConv
+from lib.export.layers import DenseConv, FactoredConv
 from lib.export.package import Array, Function, Name, Operation, Package
+from lib.model.limits import HEAD_SLICE, MAX_CHANNELS, MAX_RANK, MAX_SIDE
 
-MAX_RANK = 4
-MAX_SIDE = 16384  # width and height of a tensor
-MAX_CHANNELS = 65536
 _WIDE = ("FLOAT32", "FLOAT64")
-_ORDER = {name: place for place, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
+_PARTS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
 @dataclass(kw_only=True)
@@ -30,7 +29,8 @@ class Audit:
 
     Attributes:
         faults: one line each; empty when the package is what it should be.
-        layers: quantized layers found exact, the same in every function.
+        layers: quantized layers found exact in the last function.
+        dense: weights that are not quantized, found exact: the head's slices and what was baked.
         operations: how many of each kind, constants left out, all functions together.
         megabytes: 10^6 bytes in the weight file: ``layers`` (indices, LUTs, factors),
             ``embeddings`` (with the head) and ``total`` of the folder.
@@ -39,6 +39,7 @@ class Audit:
 
     faults: list[str] = field(default_factory=list)
     layers: int = 0
+    dense: int = 0
     operations: dict[str, int] = field(default_factory=dict)
     megabytes: dict[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
@@ -56,18 +57,17 @@ def audit_package(package: Package, decoder: DeployedDecoder) -> Audit:
         audit.faults.append("the package has no function")
     for name in package.functions:
         function = package.function(name)
-        audit.layers = _check_layers(function, decoder, name, audit.faults)
-        _check_types(function, name, audit.faults)
+        _check_weights(function, decoder, name, audit)
+        _check_constants(function, decoder, name, audit.faults)
+        _check_types(function, len(decoder.head), name, audit.faults)
         counts.update(o.kind for o in function.operations if o.kind != "const")
     audit.operations = dict(sorted(counts.items()))
     _check_sizes(package, decoder, audit)
     return audit
 
 
-def _check_layers(
-    function: Function, decoder: DeployedDecoder, name: str, faults: list[str]
-) -> int:
-    """Each quantized layer against its convolution; returns how many are exact."""
+def _check_weights(function: Function, decoder: DeployedDecoder, name: str, audit: Audit) -> None:
+    """Each convolution's weight against the one that the graph has in its place."""
     makers = {o.outputs[0].name: o for o in function.operations if o.outputs}
     weights = [
         makers.get(bound.name)
@@ -75,37 +75,35 @@ def _check_layers(
         if operation.kind == "conv" and isinstance(bound := operation.inputs["weight"][0], Name)
     ]
     expected = _convolutions(decoder)
+    audit.layers = audit.dense = 0
     if len(weights) != len(expected):
-        faults.append(
+        audit.faults.append(
             f"{name}: {len(weights)} convolutions, the model has {len(expected)} (projections and "
             "slices of the head)"
         )
-        return 0
-    exact = 0
-    for (layer, module), maker in zip(expected, weights, strict=True):
-        if module is None:
-            continue
-        why = _difference(module, maker)
+        return
+    for (layer, wanted), maker in zip(expected, weights, strict=True):
+        if isinstance(wanted, FactoredConv):
+            why = _difference(wanted, maker)
+            audit.layers += not why
+        else:
+            why = _dense_difference(wanted, maker)
+            audit.dense += not why
         if why:
-            faults.append(f"{name}: {layer}: {why}")
-        exact += not why
-    return exact
+            audit.faults.append(f"{name}: {layer}: {why}")
 
 
-def _convolutions(decoder: DeployedDecoder) -> list[tuple[str, FactoredConv | None]]:
-    """Name and module (None: not quantized) of every convolution, in the order they run."""
-    quantized = decoder.layers()
-    names = {module: name for name, module in quantized.items()}
-    found: list[tuple[str, FactoredConv | None]] = []
-    for block in decoder.blocks:
-        for part in ("attention", "mlp"):
-            children = block.get_submodule(part).named_children()
-            for _, child in sorted(
-                (pair for pair in children if pair[0] in _ORDER), key=lambda pair: _ORDER[pair[0]]
-            ):
-                own = child if isinstance(child, FactoredConv) else None
-                found.append((names[own] if own is not None else "", own))
-    return found + [("", None)] * len(decoder.head)
+def _convolutions(decoder: DeployedDecoder) -> list[tuple[str, FactoredConv | Tensor]]:
+    """Name and module (dense: weight) of every convolution, in the order they run."""
+    found: list[tuple[str, FactoredConv | Tensor]] = []
+    for number, block in enumerate(decoder.blocks):
+        for part, names in _PARTS.items():
+            for short in names:
+                conv = block.get_submodule(f"{part}.{short}")
+                assert isinstance(conv, FactoredConv | DenseConv)
+                wanted = conv if isinstance(conv, FactoredConv) else conv.weight
+                found.append((layer_name(number, part, short), wanted))
+    return found + [(f"slice {n} of the head", part) for n, part in enumerate(decoder.head)]
 
 
 def _difference(module: FactoredConv, maker: Operation | None) -> str:
@@ -130,12 +128,41 @@ def _difference(module: FactoredConv, maker: Operation | None) -> str:
     return ""
 
 
+def _dense_difference(weight: Tensor, maker: Operation | None) -> str:
+    if maker is None or maker.kind != "const":
+        kind = "an input" if maker is None else maker.kind
+        return f"its weight is stored as {kind}, not as FP16 values"
+    if not _same(maker.attributes["val"], weight.numpy().astype(np.float16)):
+        return "its weight has other values than the model's"
+    return ""
+
+
+def _check_constants(
+    function: Function, decoder: DeployedDecoder, name: str, faults: list[str]
+) -> None:
+    """Factors, gains, biases, embeddings and rotary tables are among the program's constants."""
+    stored = {
+        value.tobytes()
+        for operation in function.operations
+        if isinstance(value := operation.attributes.get("val"), np.ndarray) and value.size > 1
+    }
+    quantized = {id(module.weight) for module in decoder.layers().values()}
+    tables = {"rotary cosines": decoder.cosines, "rotary sines": decoder.sines}
+    for place, value in (*decoder.named_parameters(), *tables.items()):
+        if id(value) in quantized or value.numel() == 1 or bool((value == 1).all()):
+            continue  # products with 1 are left out of the program
+        if value.numpy().astype(np.float16).tobytes() not in stored:
+            faults.append(f"{name}: {place} is not among the constants")
+
+
 def _same(left: Array, right: Array) -> bool:
     return left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
-def _check_types(function: Function, name: str, faults: list[str]) -> None:
-    """FP16, static and small enough everywhere; constants finite."""
+def _check_types(function: Function, slices: int, name: str, faults: list[str]) -> None:
+    """FP16, static and small enough everywhere; constants finite. The last ``slices`` convolutions
+    are the head's."""
+    head = [o.outputs[0].name for o in function.operations if o.kind == "conv"][-slices:]
     for operation in function.operations:
         for output in operation.outputs:
             where = f"{name}: {operation.kind} {output.name}"
@@ -151,7 +178,7 @@ def _check_types(function: Function, name: str, faults: list[str]) -> None:
             sides, channels = output.shape[-2:], output.shape[1:2]
             if any(s > MAX_SIDE for s in sides) or any(c > MAX_CHANNELS for c in channels):
                 faults.append(f"{where} of shape {list(output.shape)} is too large for one tensor")
-            if operation.kind == "conv" and output.shape[1] > HEAD_SLICE:
+            if output.name in head and output.shape[1] > HEAD_SLICE:
                 faults.append(f"{where} makes {output.shape[1]} channels, more than {HEAD_SLICE}")
         value = operation.attributes.get("val")
         if (
@@ -177,10 +204,8 @@ def _check_sizes(package: Package, decoder: DeployedDecoder, audit: Audit) -> No
     ) + sum(b.numel() for b in (decoder.cosines, decoder.sines))
     embeddings = 2 * sum(own.values())
     expected = packed + factors + embeddings + 2 * rest
-    stored = package.weights_file.stat().st_size
-    # what is small is kept in the program itself, and each constant has a header of 64 bytes
-    spare = 256 * (len(own) + 8 * len(list(layers)) + 8 * len(decoder.blocks) + 64)
-    if stored > expected + spare:
+    stored = package.stored_bytes
+    if stored > expected:
         audit.faults.append(
             f"the weight file has {stored} bytes, {stored - expected} more than the model's "
             f"constants need ({expected}): something is stored twice or dense"

@@ -30,8 +30,8 @@ from lib.base.errors import CorruptError, InputError
 from lib.base.files import sha256_file
 from lib.export.graph import DeployedDecoder, step_inputs
 from lib.export.layers import FactoredConv
+from lib.export.names import FUNCTIONS
 
-FUNCTIONS = ("prefill", "decode")
 SUFFIX = ".aimodel"
 LUT_SIZES = (2, 4, 16, 64, 256)
 """Levels whose indices Core AI packs."""

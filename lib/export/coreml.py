@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ from lib.export.layers import FactoredConv
 from lib.export.merge import merge_packages
 
 Target = Literal["iOS18", "iOS16"]
+LUT_SIZES = (2, 4, 8, 16, 64, 256)
+"""Indices of 5 and 7 bits have no type in Core ML."""
+
 PALETTIZED = 2  # coremltools' number for a weight that is given by a LUT
 
 PASSES = [
@@ -120,9 +124,14 @@ def save_package(decoder: DeployedDecoder, out: Path, *, tokens: int, target: Ta
     only function ``main``, and the cache is an input and an output.
 
     Raises:
-        InputError: coremltools is not installed.
+        InputError: coremltools is not installed, a LUT has a size that Core ML does not store, or
+            a converter was killed.
     """
     import_coremltools()
+    for name, layer in decoder.layers().items():
+        if len(layer.lut) not in LUT_SIZES:
+            sizes = ", ".join(map(str, LUT_SIZES))
+            raise InputError(f"{name} has a LUT of {len(layer.lut)}; Core ML stores {sizes} only")
     counts = {"main": tokens} if target == "iOS16" else {"prefill": tokens, "decode": 1}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         graph = Path(folder, "graph.pt")
@@ -181,7 +190,13 @@ def _convert_all(jobs: list[_Job], *, large: bool) -> None:
     # spawn: PyTorch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(jobs), mp_context=context) as pool:
-        list(pool.map(_convert, jobs))
+        try:
+            list(pool.map(_convert, jobs))
+        except BrokenProcessPool:
+            raise InputError(
+                f"a converter was killed, probably for memory: {len(jobs)} run at the same time; "
+                "free some, or give the machine more"
+            ) from None
 
 
 def _convert(job: _Job) -> None:

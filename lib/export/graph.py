@@ -14,6 +14,7 @@ and logits (1, V', 1, S) of each slice of the vocabulary and the new cache out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from lib.export.layers import (
     Step,
 )
 from lib.model.norms import rms_gain
+from lib.model.rescale import is_tied
 from lib.quant.fp16 import MASK_VALUE, round_to_fp16
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -74,6 +76,13 @@ def step_inputs(ids: list[int], start: int, tokens: int, slots: int) -> Inputs:
         mask=((slot > positions[:, None]).float() * MASK_VALUE)[None, None],
         write=write[None, None],
     )
+
+
+def join_logits(outputs: Mapping[str, Tensor]) -> Tensor:
+    """``logits_0``, ``logits_1``, ... ``(1, V', 1, S)``, in any order -> float32 ``[S, V]``."""
+    names = [name for name in outputs if name.startswith("logits_")]
+    names.sort(key=lambda name: int(name.removeprefix("logits_")))
+    return torch.cat([outputs[name] for name in names], dim=1)[0, :, 0].T.float()
 
 
 class Block(nn.Module):
@@ -124,10 +133,10 @@ class DeployedDecoder(nn.Module):
             for number, block in enumerate(base.layers)
         )
         self.norm = ChannelNorm(*_gain(base.norm, "model.norm"), dim=1)
-        head: Any = model.get_output_embeddings()
-        if head.weight.data_ptr() == base.embed_tokens.weight.data_ptr():
+        if is_tied(model):
             self.head = self.embedding.slices
         else:
+            head: Any = model.get_output_embeddings()
             self.head = SlicedEmbedding(head.weight).slices
         positions = torch.arange(slots)[None]
         with torch.no_grad():
@@ -183,9 +192,14 @@ class DeployedDecoder(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, FactoredConv):
                 _, number, part, name = path.split(".")
-                parent = "self_attn" if part == "attention" else "mlp"
-                found[f"model.layers.{number}.{parent}.{name}_proj"] = module
+                found[layer_name(int(number), part, name)] = module
         return found
+
+
+def layer_name(block: int, part: str, short: str) -> str:
+    """Name of a projection in the Hugging Face model."""
+    parent = "self_attn" if part == "attention" else "mlp"
+    return f"model.layers.{block}.{parent}.{short}_proj"
 
 
 def check_family(model: PreTrainedModel, slots: int) -> None:
@@ -209,8 +223,9 @@ def check_family(model: PreTrainedModel, slots: int) -> None:
     longest = int(config.max_position_embeddings)
     if slots > longest:
         raise InputError(f"export.context {slots} is beyond the model's {longest} positions")
-    if "dynamic" in str((config.rope_parameters or {}).get("rope_type")):
-        raise InputError("dynamic rotary scaling cannot be exported: its tables are not constants")
+    kind = str((config.rope_parameters or {}).get("rope_type"))
+    if kind in ("dynamic", "longrope"):
+        raise InputError(f"{kind} rotary scaling cannot be exported: its tables are not constants")
 
 
 def _gain(module: nn.Module, name: str) -> tuple[Tensor, float]:

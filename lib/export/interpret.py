@@ -16,23 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.base.errors import InputError
-from lib.export.package import Array, Function, Name, Operation
+from lib.export.package import Array, Function, Name, Operation, unpack_bits
 
 Values = dict[str, Any]
 """Inputs of an operation by name: tensors, strings, or lists of them."""
-
-
-def lut_to_dense(indices: Array, lut: Array) -> Array:
-    """``constexpr_lut_to_dense`` of iOS18: LUT ``[..., n, 1]``, one per block of the indices, or of
-    iOS16 (see :func:`constant_weight`): LUT ``[n]``."""
-    if lut.ndim == 1:
-        return np.asarray(lut[indices])
-    *blocks, _, vector = lut.shape
-    if vector != 1:
-        raise InputError("a LUT of vectors is not one that this project writes")
-    places = [np.arange(size) // (size // n) for size, n in zip(indices.shape, blocks, strict=True)]
-    grid = np.meshgrid(*places, indexing="ij", sparse=True)
-    return np.asarray(lut[(*grid, indices.astype(np.int64), 0)])
 
 
 def constant_weight(operation: Operation) -> tuple[Array, Array] | None:
@@ -46,8 +33,6 @@ def constant_weight(operation: Operation) -> tuple[Array, Array] | None:
     lut = np.asarray(given["lut"]).reshape(-1)
     indices = np.asarray(given["indices"])
     if "shape" in given:  # iOS16: indices packed into bytes
-        from lib.export.package import unpack_bits
-
         shape = tuple(int(n) for n in given["shape"])
         bits = len(lut).bit_length() - 1
         indices = unpack_bits(indices.tobytes(), bits, int(np.prod(shape))).reshape(shape)

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.model.limits import HEAD_SLICE
 from lib.model.linear import LutLinear
 from lib.quant.fp16 import round_to_fp16
 from lib.quant.ste import lookup
-
-HEAD_SLICE = 16384
-"""Outputs of the head that one convolution makes: the Neural Engine takes no more."""
 
 
 def _constant(values: Tensor, *shape: int) -> nn.Parameter:

@@ -14,7 +14,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lib.base.errors import CorruptError
 from lib.export.package import Package
@@ -27,7 +27,10 @@ _VERSION = 2
 
 
 class WeightFile:
-    """A weight file being written: each value once, however often it is added."""
+    """A weight file being written: each value once, however often it is added.
+
+    It is whole when the context is left.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -50,11 +53,13 @@ class WeightFile:
             self._known[key] = place
         return self._known[key]
 
-    def close(self) -> None:
-        """Write the number of values and close."""
-        self._file.seek(0)
-        self._file.write(_COUNT.pack(len(self._known), _VERSION))
-        self._file.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._file.write(_COUNT.pack(len(self._known), _VERSION))
 
 
 def merge_packages(parts: dict[str, Path], out: Path, *, default: str, scratch: Path) -> None:
@@ -72,23 +77,24 @@ def merge_packages(parts: dict[str, Path], out: Path, *, default: str, scratch: 
     from coremltools.proto import Model_pb2
 
     merged = Model_pb2.Model()
-    weights = WeightFile(scratch / "weight.bin")
-    for name, path in parts.items():
-        package = Package(path)
-        spec = package.spec
-        merged.specificationVersion = max(merged.specificationVersion, spec.specificationVersion)
-        merged.mlProgram.version = spec.mlProgram.version
-        function = merged.mlProgram.functions[name]
-        function.CopyFrom(spec.mlProgram.functions["main"])
-        stored = memoryview(package.weights_file.read_bytes())
-        for value in _file_values(function):
-            value.blobFileValue.offset = weights.add(stored, value.blobFileValue.offset)
-        described = merged.description.functions.add(name=name)
-        for field in ("input", "output", "state"):
-            getattr(described, field).extend(getattr(spec.description, field))
-        for key, text in spec.description.metadata.userDefined.items():
-            merged.description.metadata.userDefined[key] = text
-    weights.close()
+    with WeightFile(scratch / "weight.bin") as weights:
+        for name, path in parts.items():
+            package = Package(path)
+            spec = package.spec
+            merged.specificationVersion = max(
+                merged.specificationVersion, spec.specificationVersion
+            )
+            merged.mlProgram.version = spec.mlProgram.version
+            function = merged.mlProgram.functions[name]
+            function.CopyFrom(spec.mlProgram.functions["main"])
+            stored = memoryview(package.weights_file.read_bytes())
+            for value in _file_values(function):
+                value.blobFileValue.offset = weights.add(stored, value.blobFileValue.offset)
+            described = merged.description.functions.add(name=name)
+            for field in ("input", "output", "state"):
+                getattr(described, field).extend(getattr(spec.description, field))
+            for key, text in spec.description.metadata.userDefined.items():
+                merged.description.metadata.userDefined[key] = text
     merged.description.defaultFunctionName = default
     save_spec(merged, str(out), weights_dir=str(scratch))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lib.base.errors import CorruptError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SENTINEL = 0xDEADBEEF
+_ALIGNMENT = 64  # values begin at multiples of it, and so does their data
 _HEADER = struct.Struct("<IIQQQ")  # sentinel, type, bytes, offset of the data, padding bits
 _DTYPES: dict[str, type[Any]] = {
     "FLOAT16": np.float16,
@@ -112,10 +113,11 @@ class Package:
             manifest = json.loads((folder / "Manifest.json").read_text())
             parts = [entry["path"] for entry in manifest["itemInfoEntries"].values()]
             model = next(path for path in parts if path.endswith(".mlmodel"))
-        except (OSError, ValueError, KeyError, StopIteration) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise CorruptError(f"{folder} is no .mlpackage ({error}); export it again") from None
         self.program_file = folder / "Data" / model
         self.weights_file = self.program_file.parent / "weights" / "weight.bin"
+        self._functions: dict[str, Function] = {}
         self._read: dict[tuple[int, str, tuple[int, ...]], Array] = {}  # functions share values
 
     @cached_property
@@ -132,16 +134,34 @@ class Package:
 
     @cached_property
     def _weights(self) -> Array:
-        return np.memmap(self.weights_file, np.uint8, "r")
+        try:
+            return np.memmap(self.weights_file, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise CorruptError(f"{self.weights_file} cannot be read ({error})") from None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all values in the weight file, without headers and gaps."""
+        total, offset = 0, _ALIGNMENT
+        count = int(np.frombuffer(self._weights[:4].tobytes(), np.uint32)[0])
+        for _ in range(count):
+            _, size, start, _ = self._header(offset)
+            total += size
+            offset = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
+        return total + max(0, len(self._weights) - offset)  # what no header speaks of, too
 
     @property
     def functions(self) -> list[str]:
         """Names of the package's functions."""
         return sorted(self.spec.mlProgram.functions)
 
-    @cache  # noqa: B019 - it lives as long as the package
     def function(self, name: str) -> Function:
         """One function, with every constant read."""
+        if name not in self._functions:
+            self._functions[name] = self._read_function(name)
+        return self._functions[name]
+
+    def _read_function(self, name: str) -> Function:
         function = self.spec.mlProgram.functions[name]
         block = function.block_specializations[function.opset]
         return Function(
@@ -194,14 +214,20 @@ class Package:
             self._read[key] = self._read_blob(*key)
         return self._read[key]
 
-    def _read_blob(self, offset: int, dtype: str, shape: tuple[int, ...]) -> Array:
-        where = f"{self.weights_file}, offset {offset}"
+    def _header(self, offset: int) -> tuple[int, int, int, int]:
+        """(type, bytes, offset of the data, padding bits) of the value at an offset."""
         header = bytes(self._weights[offset : offset + _HEADER.size])
+        where = f"{self.weights_file}, offset {offset}"
         if len(header) < _HEADER.size:
             raise CorruptError(f"{where}: beyond the end of the file; export again")
         sentinel, kind, size, start, padding = _HEADER.unpack(header)
         if sentinel != _SENTINEL:
             raise CorruptError(f"{where}: no stored value begins here; export again")
+        return kind, size, start, padding
+
+    def _read_blob(self, offset: int, dtype: str, shape: tuple[int, ...]) -> Array:
+        where = f"{self.weights_file}, offset {offset}"
+        kind, size, start, padding = self._header(offset)
         stored = _IN_FILE.get(kind, str(kind))
         if stored != dtype and (dtype, stored) != ("BOOL", "UINT8"):
             raise CorruptError(f"{where}: the program wants {dtype}, the file holds {stored}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from lib.params.base import Count, Positive, Section, not_empty
 
 Format = Literal["coreml", "coreai", "huggingface", "anemll"]
+
+
+SINGLE_STEPS = 3
+"""Tokens after a prefill, one by one, on which an export is checked."""
 
 
 class Export(Section):
@@ -31,4 +35,14 @@ class Export(Section):
     model_id: str | None = None
     """Hub name of the base model, which ANEMLL's own scripts read from the checkpoint's config."""
     max_kl: Positive = 0.01
-    """Largest mean KL divergence of the package from the snapped model, in nats per token."""
+    """Largest mean KL divergence of an export from the snapped model, in nats per token."""
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        least = self.prefill_tokens + SINGLE_STEPS
+        if self.context < least:
+            raise ValueError(
+                f"export.context = {self.context}: must be at least {least}, export.prefill_tokens "
+                f"and {SINGLE_STEPS} more tokens, on which the package is checked"
+            )
+        return self

@@ -22,7 +22,6 @@ NAMES = [
     "rank at most 4",
     "width and height at most 16384",
     "channels at most 65536",
-    "context",
     "head slices",
     "reduce_sum at most 2048",
 ]
@@ -35,7 +34,7 @@ def _log_of(function: Callable[[Tensor], object], x: Tensor) -> GraphLog:
 
 
 def _fact(name: str, log: GraphLog) -> Fact:
-    facts = graph_facts(snapped_model(), log, 24)
+    facts = graph_facts(snapped_model(), log)
     return next(fact for fact in facts if fact.name.startswith(name))
 
 
@@ -45,6 +44,7 @@ def test_facts_of_a_sound_model() -> None:
     status = {fact.name: fact.status for fact in facts}
     # repeated key/value heads: a copy of rank 5 that the exported graph does not have
     assert status.pop("rank at most 4") is Status.NOTE
+    assert status.pop("head slices") is Status.NOTE  # counted, not judged
     assert set(status.values()) == {Status.OK}
     found = {fact.name: fact.found for fact in facts}
     assert "mask -10000" in found["finite mask"]
@@ -106,25 +106,62 @@ def test_sizes_of_the_deployed_layout() -> None:
     assert shapes["head"] == (288, 1, 24)
 
 
+GROUP = 16385
+
+
 @pytest.mark.parametrize(
-    ("changes", "tokens", "name", "status"),
+    ("changes", "name", "status", "words"),
     [
-        ({}, 16384, "width", Status.BROKEN),  # two heads below each other
-        ({}, 8192, "width", Status.OK),
-        ({"vocab_size": 49152}, 24, "channels", Status.OK),  # sliced
-        ({"max_position_embeddings": 40960}, 24, "context", Status.NOTE),
+        ({}, "width", Status.OK, "with all 2048 positions"),
+        ({"max_position_embeddings": 8192}, "width", Status.OK, "16384 in attention scores"),
+        # two heads below each other: only the longest context breaks the limit
+        ({"max_position_embeddings": 8193}, "width", Status.NOTE, "could be exported with"),
+        ({"max_position_embeddings": 40960}, "width", Status.NOTE, "export.prefill_tokens decide"),
+        ({"num_attention_heads": 2 * GROUP}, "width", Status.BROKEN, f"{GROUP} in attention"),
+        ({"vocab_size": 49152}, "channels", Status.OK, "16384 in head"),
+        (
+            {"num_attention_heads": 65537, "num_key_value_heads": 65537},
+            "channels",
+            Status.BROKEN,
+            "65537 in attention scores",
+        ),
+        ({"vocab_size": 49152}, "head", Status.NOTE, "3 for a vocabulary of 49152"),
+        ({}, "head", Status.NOTE, "1 for a vocabulary of 288"),
+        ({}, "reduce_sum", Status.OK, "the longest that ran"),
+        ({"max_position_embeddings": 4096}, "reduce_sum", Status.NOTE, "4096 at most"),
     ],
 )
 def test_sizes_against_the_limits(
-    changes: dict[str, int], tokens: int, name: str, status: Status
+    changes: dict[str, int], name: str, status: Status, words: str
 ) -> None:
     model = snapped_model()
     for key, value in changes.items():
         setattr(model.config, key, value)
-    facts = graph_facts(model, GraphLog(), tokens)
-    assert next(f for f in facts if f.name.startswith(name)).status is status
-    slices = next(f for f in facts if f.name == "head slices").found
-    assert slices.startswith("3 " if changes.get("vocab_size") else "1 ")
+    fact = next(f for f in graph_facts(model, GraphLog()) if f.name.startswith(name))
+    assert fact.status is status
+    assert words in fact.found
+
+
+def test_a_model_that_names_no_longest_context() -> None:
+    model = snapped_model()
+    object.__setattr__(model.config, "max_position_embeddings", None)  # its class forbids it
+    facts = graph_facts(model, GraphLog())
+    fact = next(f for f in facts if f.name.startswith("width"))
+    assert fact.status is Status.NOTE
+    assert "no longest context" in fact.found
+
+
+def test_sizes_do_not_depend_on_the_text() -> None:
+    """They are the deployed model's, not those of the sequences that it is checked on."""
+    short, long = (
+        run_check(snapped_model(), token_sequences(1, length), check_spec(1e9, 0.0)).facts
+        for length in (4, 40)
+    )
+    for name in ("width", "channels", "head slices"):
+        of_short, of_long = (
+            next(f for f in facts if f.name.startswith(name)) for facts in (short, long)
+        )
+        assert of_short == of_long
 
 
 def test_a_broken_fact_fails_the_gate() -> None:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from lib.ane.check import run_check
 from lib.ane.judge import Kind
 from lib.ane.norms import NormForm
-from lib.ane.products import Mode
+from lib.ane.products import MATMUL_LIMIT, Mode
 from lib.ane.spec import Remedy
 from lib.model.surgery import quantized_layers
+from lib.quant.fp16 import FP16_MAX
 from tests.ane.tiny import check_spec, snapped_model, token_sequences, with_large_residual
 
 PLAIN = {"norm": NormForm.PLAIN}
@@ -90,6 +91,25 @@ def test_alpha_saves_a_stream_that_passes_fp16() -> None:
     assert after.passed, after.failures
     assert after.alpha < 1
     assert [str(f) for f in after.remedy.before] == [str(f) for f in before.failures]
+
+
+def test_alpha_leaves_a_margin_below_the_bound_of_products() -> None:
+    """Half of 65504 is 32752, the bound itself: mode bounded takes half of that."""
+    alphas = {}
+    for modes in ((Mode.WIDE,), (Mode.WIDE, Mode.BOUNDED)):
+        spec = check_spec(remedy=Remedy.ALPHA, modes=modes)
+        result = run_check(_overflowing(), token_sequences(), spec)
+        assert result.passed, result.failures
+        alphas[modes] = result.alpha
+        peak = next(
+            record.max_abs
+            for record in result.forms["baked"][Mode.WIDE].records
+            if record.module == "model.layers.0.mlp.down_proj" and record.is_matmul
+        )
+        limit = MATMUL_LIMIT if Mode.BOUNDED in modes else FP16_MAX
+        assert limit / 4 < peak <= limit / 2
+    wide, bounded = alphas.values()
+    assert bounded == wide / 2
 
 
 def test_alpha_is_left_alone_where_nothing_overflows() -> None:

@@ -13,12 +13,14 @@ from lib.ane.figure import draw_headroom
 from lib.ane.norms import NormForm
 from lib.ane.page import to_markdown
 from lib.ane.products import Mode
-from lib.ane.report import metrics, to_json, write_report
+from lib.ane.report import metrics, to_deploy, to_json, write_report
 from lib.ane.spec import Remedy
 from lib.model.surgery import quantized_layers
 from tests.ane.tiny import check_spec, snapped_model, token_sequences, with_large_residual
+from tests.architecture import load_yaml, outputs_of
 
-FILES = ("report.json", "report.md", "headroom.svg", "metrics.json")
+FILES = ("report.json", "report.md", "headroom.svg", "deploy.json", "metrics.json")
+ROOT = Path(__file__).parents[2]
 SECTIONS = (
     "1. Constants",
     "2. Headroom per operation",
@@ -44,11 +46,21 @@ def test_files_of_a_sound_model_are_the_same_twice(tmp_path: Path) -> None:
     assert "not run on an ANE" in report["ane"]
     assert set(report["against_float32"]["forms"]["factored"]) == {"wide", "bounded", "partial"}
     assert report["against_float32"]["forms"]["factored"]["bounded"]["same_as"] == "wide"
+    deployed = json.loads((tmp_path / "one/deploy.json").read_text())
+    assert deployed == {"alpha": 1.0, "norm": "prescaled"}
     values = json.loads((tmp_path / "one/metrics.json").read_text())["ane_check"]
     assert values["passed"] is True
     assert values["alpha"] == 1.0
     assert {"kl_factored", "kl_baked", "top1_factored", "kl_baked_partial"} <= set(values)
     assert values["worst_headroom"] > 10
+
+
+def test_the_pipeline_declares_every_file(tmp_path: Path) -> None:
+    """An output that dvc.yaml does not list is left stale; one that git ignores is lost."""
+    write_report(_sound(), tmp_path)
+    stage = load_yaml(ROOT / "dvc.yaml")["stages"]["ane_check"]
+    assert {f"runs/ane_check/{path.name}" for path in tmp_path.iterdir()} == set(outputs_of(stage))
+    assert "!/runs/ane_check/deploy.json" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_the_page_has_the_six_sections() -> None:
@@ -92,7 +104,9 @@ def test_the_remedy_is_in_the_report(remedy: Remedy) -> None:
     spec = check_spec(norm=NormForm.PLAIN, remedy=remedy)
     result = run_check(with_large_residual(), token_sequences(), spec)
     report, text = to_json(result), to_markdown(result)
-    assert metrics(result)["ane_check"]["alpha"] == report["alpha"]
+    deployed = to_deploy(result)
+    assert metrics(result)["ane_check"]["alpha"] == report["alpha"] == deployed["alpha"]
+    assert deployed["norm"] == "plain"
     assert report["headroom"]["norms"]["model.norm"]["plain_norm_overflows"] is (
         remedy is Remedy.NONE
     )
@@ -100,7 +114,7 @@ def test_the_remedy_is_in_the_report(remedy: Remedy) -> None:
         assert report["remedy"] is None
         assert "ane_check.remedy: alpha" in text
         return
-    assert report["alpha"] == report["remedy"]["alpha"] < 1
+    assert report["alpha"] == report["remedy"]["alpha"] == deployed["alpha"] < 1
     assert report["remedy"]["before"]
     assert report["remedy"]["after"] == []
     assert f"## Remedy: alpha {report['alpha']:g}" in text

@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lib.export.coreml import save_package
-from lib.export.graph import DeployedDecoder
+from lib.export.gate import calls
+from lib.export.graph import DeployedDecoder, join_logits, step_inputs
 from lib.model.surgery import quantized_layers
+from lib.quant.spec import Codebook, ScaleForm
 from lib.snap.snap import snap_model
 from tests.tiny_models import quantized
 
@@ -20,6 +22,14 @@ SLOTS = 16
 TOKENS = 8
 IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
 """Eleven tokens: one prefill of eight, three single steps."""
+
+
+KINDS: list[dict[str, Any]] = [
+    {"baked": True},
+    {"scale": ScaleForm.LOWRANK},
+    {"lut_size": 16, "codebook": Codebook.KMEANS},
+    {"lut_size": 2},
+]
 
 
 def snapped(family: str = "qwen3", *, baked: bool = False, **changes: Any) -> PreTrainedModel:
@@ -36,6 +46,19 @@ def snapped(family: str = "qwen3", *, baked: bool = False, **changes: Any) -> Pr
     return model
 
 
+@torch.no_grad()
+def graph_logits(decoder: DeployedDecoder, ids: list[int], tokens: int) -> torch.Tensor:
+    """``[N, V]`` from the static graph, called as a package is."""
+    cache = decoder.empty_cache()
+    rows = []
+    for start, count in calls(len(ids), tokens):
+        given = step_inputs(ids[start : start + count], start, count, decoder.slots)
+        *logits, keys, values = decoder(**given.named(), keys=cache[0], values=cache[1])
+        cache = (keys, values)
+        rows.append(join_logits({f"logits_{n}": part for n, part in enumerate(logits)}))
+    return torch.cat(rows)
+
+
 def decoder(family: str = "qwen3", **changes: Any) -> DeployedDecoder:
     """The static graph of such a model."""
     return DeployedDecoder(snapped(family, **changes), SLOTS)
@@ -46,13 +69,15 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-def package(family: str = "qwen3", target: Any = "iOS18") -> Path:
-    """A package on disk; copy it before changing it."""
-    return _package(family, target)
+def package(family: str = "qwen3", target: Any = "iOS18", **changes: Any) -> Path:
+    """A package on disk, made once; copy it before changing it."""
+    return _package(family, target, tuple(changes.items()))
 
 
 @cache
-def _package(family: str, target: Any) -> Path:
-    out = Path(_folder().name, f"{family}-{target}.mlpackage")
-    save_package(decoder(family), out, tokens=TOKENS, target=target)
+def _package(family: str, target: Any, changes: tuple[tuple[str, Any], ...]) -> Path:
+    name = "-".join([family, target, *(str(value) for _, value in changes)])
+    out = Path(_folder().name, f"{name}.mlpackage")
+    made = {key: value for key, value in changes if key != "head"}  # that one is a name only
+    save_package(decoder(family, **made), out, tokens=TOKENS, target=target)
     return out

@@ -14,7 +14,7 @@ from lib.export.audit import _check_types, _difference, audit_package
 from lib.export.graph import DeployedDecoder
 from lib.export.package import Function, Operation, Output, Package
 from tests.export.editing import damaged
-from tests.export.models import SLOTS, decoder, package, snapped
+from tests.export.models import KINDS, SLOTS, decoder, package, snapped
 
 FIRST = "model.layers.0.self_attn.q_proj"
 
@@ -26,6 +26,13 @@ def test_a_package_is_exact(family: str) -> None:
     assert audit.layers == 14
     assert audit.operations["constexpr_lut_to_dense"] == 2 * 14
     assert audit.bits_per_weight is not None and audit.bits_per_weight > 2
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_other_kinds_of_model_are_exact(changes: dict[str, Any]) -> None:
+    audit = audit_package(Package(package("llama", **changes)), decoder("llama", **changes))
+    assert audit.faults == []
+    assert (audit.layers, audit.dense) == ((0, 15) if "baked" in changes else (14, 1))
 
 
 def test_ios16_is_exact_too() -> None:
@@ -68,12 +75,29 @@ def test_a_dense_weight_is_found() -> None:
     assert "stored as an input" in _difference(module, None)
 
 
-def test_more_bytes_than_the_constants_need_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["head", "b", "gain", "cosines"])
+def test_another_dense_constant_is_found(part: str) -> None:
+    model = snapped("llama")
+    graph = DeployedDecoder(model, SLOTS)
+    name, value = next(
+        (n, v)
+        for n, v in (*graph.named_parameters(), ("cosines", graph.cosines))
+        if part in n.split(".")
+    )
+    value.data.select(0, 0).add_(1)
+    faults = audit_package(Package(package("llama")), graph).faults
+    wanted = {"head": "slice 0 of the head", "cosines": "rotary cosines"}.get(part, name)
+    assert faults and all(wanted in fault for fault in faults[::2])
+
+
+def test_one_dense_copy_of_one_layer_is_found(tmp_path: Path) -> None:
     bad = tmp_path / "bad.mlpackage"
     shutil.copytree(package(), bad)
-    weights = Package(bad).weights_file
-    weights.write_bytes(weights.read_bytes() + bytes(10**6))
-    faults = audit_package(Package(bad), decoder()).faults
+    graph = decoder()
+    copy = min(2 * m.indices.numel() for m in graph.layers().values())
+    with Package(bad).weights_file.open("ab") as file:
+        file.write(bytes(copy))
+    faults = audit_package(Package(bad), graph).faults
     assert len(faults) == 1 and "something is stored twice or dense" in faults[0]
 
 
@@ -96,7 +120,7 @@ def _function(kind: str, dtype: str, shape: tuple[int, ...], **attributes: Any) 
 )
 def test_what_the_device_cannot_do_is_found(function: Function, message: str) -> None:
     faults: list[str] = []
-    _check_types(function, "main", faults)
+    _check_types(function, 1, "main", faults)
     assert len(faults) == 1 and message in faults[0]
     harmless = replace(
         function.operations[0],
@@ -105,5 +129,5 @@ def test_what_the_device_cannot_do_is_found(function: Function, message: str) ->
         outputs=[Output("x", "FLOAT16", (1, 2, 1, 3))],
     )
     faults.clear()
-    _check_types(replace(function, operations=[harmless]), "main", faults)
+    _check_types(replace(function, operations=[harmless]), 1, "main", faults)
     assert not faults

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lib.base.errors import InputError
-from lib.export.gate import graph_logits, model_logits
+from lib.export.gate import model_logits
 from lib.export.graph import DeployedDecoder, check_family, step_inputs
 from lib.model.surgery import quantized_layers
 from lib.quant.fp16 import MASK_VALUE, is_fp16_exact
 from lib.quant.spec import ScaleForm
-from tests.export.models import IDS, SLOTS, TOKENS, decoder, snapped
+from tests.export.models import IDS, SLOTS, TOKENS, decoder, graph_logits, snapped
 from tests.tiny_models import tiny_model
 
 
@@ -109,6 +109,7 @@ def test_layers_have_the_models_names() -> None:
         ({"use_sliding_window": True}, "sliding-window"),
         ({"max_position_embeddings": 8}, "export.context 16 is beyond the model's 8"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "dynamic rotary"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope rotary"),
     ],
 )
 def test_what_the_graph_does_not_compute_is_refused(change: dict[str, Any], message: str) -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from lib.base.errors import InputError, MismatchError
-from lib.export.run import EXPECTED, export_model
+from lib.base.errors import CorruptError, InputError, MismatchError
+from lib.export.names import EXPECTED, PACKAGE
+from lib.export.package import Package
+from lib.export.run import export_model
 from lib.model.checkpoint import save_checkpoint
 from lib.params.export import Export
 from tests.export.models import IDS, SLOTS, TOKENS, snapped
@@ -28,19 +31,19 @@ def _params(**changes: Any) -> Export:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     save_checkpoint(snapped(), tmp_path / "model", tokenizer_from=tmp_path, info={}, half=True)
-    (tmp_path / "report.json").write_text(json.dumps({"alpha": 1.0}))
+    (tmp_path / "deploy.json").write_text(json.dumps({"alpha": 1.0, "norm": "prescaled"}))
     return tmp_path
 
 
 def _export(source: Path, texts: list[list[int]] = TEXTS, **changes: Any) -> Any:
     out = source / "packages"
-    return export_model(source / "model", source / "report.json", texts, out, _params(**changes))
+    return export_model(source / "model", source / "deploy.json", texts, out, _params(**changes))
 
 
 def test_every_format_is_written_and_checked(source: Path) -> None:
     report = _export(source, formats=("coreml", "anemll"))
     assert report.faults == []
-    assert report.audit.layers == 14 and report.logits.top1 == 1.0
+    assert report.audit.layers == 14 and report.logits["coreml"].top1 == 1.0
     assert set(report.folders) == {"coreml", "anemll"}
     assert {p.name for p in (source / "packages").iterdir()} == {"coreml", "anemll"}
     with safe_open(source / "packages" / "coreml" / EXPECTED, "pt") as file:
@@ -49,10 +52,28 @@ def test_every_format_is_written_and_checked(source: Path) -> None:
         assert file.get_tensor("logits").dtype == torch.float16
 
 
+def _constants(source: Path) -> set[bytes]:
+    operations = Package(source / "packages" / "coreml" / PACKAGE).function("decode").operations
+    values = (o.attributes.get("val") for o in operations)
+    return {value.tobytes() for value in values if isinstance(value, np.ndarray)}
+
+
 def test_the_remedy_of_the_check_is_applied(source: Path) -> None:
-    (source / "report.json").write_text(json.dumps({"alpha": 0.25}))
+    table = snapped().get_input_embeddings().weight.detach().numpy()
+    before, after = (((alpha * table).astype(np.float16)).tobytes() for alpha in (1, 0.25))
+    _export(source)
+    assert before in _constants(source) and after not in _constants(source)
+    (source / "deploy.json").write_text(json.dumps({"alpha": 0.25, "norm": "prescaled"}))
     report = _export(source)
     assert report.alpha == 0.25 and report.faults == []
+    assert after in _constants(source) and before not in _constants(source)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"alpha": "x", "norm": "plain"}'])
+def test_a_check_of_another_format_is_refused(source: Path, content: str) -> None:
+    (source / "deploy.json").write_text(content)
+    with pytest.raises(CorruptError, match="does not say alpha and norm; rerun ane_check"):
+        _export(source)
 
 
 def test_a_text_that_is_too_short_is_refused(source: Path) -> None:

@@ -110,6 +110,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     # the rest
     ({"snap.form": "int4"}, ["snap.form", "'lut'"]),
     ({"ane_check.gate": "off"}, ["ane_check.gate", "'warn'"]),
+    ({"export.formats": []}, ["export.formats = []", "at least one"]),
+    ({"export.formats": ["onnx"]}, ["export.formats", "'coreml'"]),
+    ({"export.target": "iOS17"}, ["export.target", "'iOS16'"]),
+    ({"export.context": 0}, ["export.context = 0"]),
     ({"evaluate.perplexity_stride": 2048}, ["evaluate.perplexity_stride = 2048", "1024"]),
     ({"run.device": "tpu"}, ['run.device = "tpu"', "cuda:N"]),
     ({"run.threads": -1}, ["run.threads = -1"]),
