@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lib.base.errors import InputError
 from lib.export.graph import DeployedDecoder, step_inputs
 from lib.export.layers import FactoredConv
-from lib.export.merge import merge_packages
+from lib.export.merge import make_reproducible, merge_packages
 
 Target = Literal["iOS18", "iOS16"]
 LUT_SIZES = (2, 4, 8, 16, 64, 256)
@@ -150,6 +150,7 @@ def save_package(decoder: DeployedDecoder, out: Path, *, tokens: int, target: Ta
         _convert_all(list(jobs.values()), large=graph.stat().st_size > _WORTH_A_PROCESS)
         if target == "iOS16":
             jobs["main"].out.rename(out)
+            make_reproducible(out)
             return
         scratch = Path(folder, "merged")
         scratch.mkdir()

@@ -15,15 +15,18 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+from uuid import NAMESPACE_OID, uuid5
 
 from lib.base.errors import CorruptError
-from lib.export.package import Package
+from lib.base.files import read_json, write_json
+from lib.export.package import MANIFEST, Package
 
 _ALIGNMENT = 64
 _COUNT = struct.Struct("<II")
 _VALUE = struct.Struct("<IIQQQ")
 _SENTINEL = 0xDEADBEEF
 _VERSION = 2
+_DATE = "com.github.apple.coremltools.conversion_date"
 
 
 class WeightFile:
@@ -97,6 +100,28 @@ def merge_packages(parts: dict[str, Path], out: Path, *, default: str, scratch: 
                 merged.description.metadata.userDefined[key] = text
     merged.description.defaultFunctionName = default
     save_spec(merged, str(out), weights_dir=str(scratch))
+    make_reproducible(out)
+
+
+def make_reproducible(package: Path) -> None:
+    """Rewrite what differs between two exports of one model: identifiers, date, order of maps."""
+    from coremltools.proto import Model_pb2
+
+    found = Package(package)
+    spec = Model_pb2.Model()
+    spec.CopyFrom(found.spec)
+    spec.description.metadata.userDefined.pop(_DATE, None)
+    found.program_file.write_bytes(spec.SerializeToString(deterministic=True))
+    manifest = read_json(package / MANIFEST)
+    names = {old: str(uuid5(NAMESPACE_OID, entry["path"])) for old, entry in _entries(manifest)}
+    manifest["itemInfoEntries"] = {names[old]: entry for old, entry in _entries(manifest)}
+    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
+    write_json(package / MANIFEST, manifest)
+
+
+def _entries(manifest: Any) -> list[tuple[str, Any]]:
+    entries: dict[str, Any] = manifest["itemInfoEntries"]
+    return sorted(entries.items(), key=lambda pair: str(pair[1]["path"]))
 
 
 def _file_values(function: Any) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from lib.base.errors import CorruptError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+MANIFEST = "Manifest.json"
 _SENTINEL = 0xDEADBEEF
 _ALIGNMENT = 64  # values begin at multiples of it, and so does their data
 _HEADER = struct.Struct("<IIQQQ")  # sentinel, type, bytes, offset of the data, padding bits
@@ -110,7 +111,7 @@ class Package:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            manifest = json.loads((folder / "Manifest.json").read_text())
+            manifest = json.loads((folder / MANIFEST).read_text())
             parts = [entry["path"] for entry in manifest["itemInfoEntries"].values()]
             model = next(path for path in parts if path.endswith(".mlmodel"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:

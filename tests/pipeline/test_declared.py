@@ -22,7 +22,8 @@ def digests(folder: Path, outputs: list[str]) -> dict[str, str]:
     found = {}
     for output in outputs:
         path = folder / output
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        for file in inside if path.is_dir() else [path]:
             name = file.relative_to(folder).as_posix()
             if name not in MACHINE:
                 found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
