@@ -125,15 +125,20 @@ def _entries(manifest: Any) -> list[tuple[str, Any]]:
 
 
 def _file_values(function: Any) -> Iterator[Any]:
-    """Every value of a function that lies in the weight file."""
-    for block in function.block_specializations.values():
+    """Every value of a function that lies in the weight file, always in one order."""
+    for block in _in_order(function.block_specializations):
         for operation in block.operations:
             bound = [
                 argument.value
-                for given in operation.inputs.values()
+                for given in _in_order(operation.inputs)
                 for argument in given.arguments
                 if argument.WhichOneof("binding") == "value"
             ]
-            for value in (*operation.attributes.values(), *bound):
+            for value in (*_in_order(operation.attributes), *bound):
                 if value.WhichOneof("value") == "blobFileValue":
                     yield value
+
+
+def _in_order(values: Any) -> list[Any]:
+    """Values of a protobuf map by their keys; its own order changes from process to process."""
+    return [values[key] for key in sorted(values)]
