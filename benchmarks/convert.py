@@ -18,7 +18,7 @@ from benchmarks.record import machine, save
 from benchmarks.rivals import Rival, alone
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
-CALIBRATION = 32  # sequences of 128 tokens, as in the default experiment
+CALIBRATION = 32  # sequences of 128 tokens
 
 
 def _specs() -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.distill.compare import Agreement
-from lib.export.graph import DeployedDecoder, join_logits, step_inputs
+from lib.export.graph import DeployedDecoder, cache_of, join_logits, step_inputs
 from lib.export.interpret import Interpreter
 from lib.export.package import Package
 from lib.model.linear import LowRankScale
@@ -108,7 +108,7 @@ def package_logits(
 
     A package without state (one function ``main``) takes and gives the cache.
     """
-    cache = dict(zip(("keys", "values"), decoder.empty_cache(), strict=True))
+    cache = decoder.cache_inputs()
     stateful = "prefill" in package.functions
     rows = []
     loaded: tuple[str, Interpreter] | None = None
@@ -122,11 +122,7 @@ def package_logits(
         inputs = step_inputs(ids[start : start + count], start, size, decoder.slots).named()
         results = function.run(inputs if stateful else {**inputs, **cache})
         rows.append(join_logits(results)[:count])
-        cache = (
-            dict(function.state)
-            if stateful
-            else {"keys": results["new_keys"], "values": results["new_values"]}
-        )
+        cache = dict(function.state) if stateful else cache_of(results)
     return torch.cat(rows)
 
 

@@ -85,6 +85,11 @@ def join_logits(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([outputs[name] for name in names], dim=1)[0, :, 0].T.float()
 
 
+def cache_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The cache for the next call, from the results of one without state."""
+    return {name: outputs[f"new_{name}"] for name in ("keys", "values")}
+
+
 class Block(nn.Module):
     """One decoder block: attention and MLP, each behind its norm, each added to the residual."""
 
@@ -185,6 +190,10 @@ class DeployedDecoder(nn.Module):
     def empty_cache(self) -> tuple[Tensor, Tensor]:
         """Keys and values of no tokens."""
         return torch.zeros(self.cache_shape), torch.zeros(self.cache_shape)
+
+    def cache_inputs(self) -> dict[str, Tensor]:
+        """The empty cache, by the names it has in a package."""
+        return dict(zip(("keys", "values"), self.empty_cache(), strict=True))
 
     def layers(self) -> dict[str, FactoredConv]:
         """The quantized layers, by their names in the Hugging Face model."""

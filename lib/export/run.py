@@ -16,7 +16,7 @@ from lib.export.audit import audit_package
 from lib.export.coreai import run_coreai, save_coreai
 from lib.export.coreml import save_package
 from lib.export.gate import calls, check_package, compare, model_logits
-from lib.export.graph import DeployedDecoder, join_logits, step_inputs
+from lib.export.graph import DeployedDecoder, cache_of, join_logits, step_inputs
 from lib.export.huggingface import save_huggingface
 from lib.export.names import AIMODEL, EXPECTED, PACKAGE
 from lib.export.package import Package
@@ -135,13 +135,13 @@ def _export_coreai(
     place.mkdir()
     tokens = params.prefill_tokens
     save_coreai(decoder, place / AIMODEL, tokens=tokens)
-    cache = dict(zip(("keys", "values"), decoder.empty_cache(), strict=True))
+    cache = decoder.cache_inputs()
     rows = []
     for start, count in calls(len(ids), tokens):
         inputs = step_inputs(ids[start : start + count], start, count, decoder.slots).named()
         function = "prefill" if count == tokens else "decode"
         results = run_coreai(place / AIMODEL, {**inputs, **cache}, function)
-        cache = {"keys": results["new_keys"], "values": results["new_values"]}
+        cache = cache_of(results)
         rows.append(join_logits(results))
     report.logits["coreai"] = compare(
         torch.cat(rows), expected, max_kl=params.max_kl, name="Core AI"
