@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.base.errors import MismatchError
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
+from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit_factors
 from lib.quant.scales import initial_scale, to_directional, unit_columns, unit_rows
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
@@ -107,6 +108,8 @@ class LutLinear(nn.Module):
         self.spec = spec
         self.scale = scale
         self.lut = nn.Parameter(lut, requires_grad=False)
+        # a foreign LUT can be called uniform and be rounded in another way
+        self._affine = spec.codebook.is_affine and is_computable(lut)
         self.register_buffer("indices", indices)
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -222,7 +225,7 @@ class LutLinear(nn.Module):
             indices=self.indices,
             weight=self.weight if self._trains_weight else None,
             bias=self.bias,
-            affine=self.spec.codebook.is_affine,
+            affine=self._affine,
         )
 
     @torch.no_grad()
@@ -236,7 +239,7 @@ class LutLinear(nn.Module):
             raise MismatchError("a snapped layer has no master weight to quantize again")
         a, b = self.factors()
         ratio = safe_ratio(self.weight, a @ b)
-        return assign(ratio, self.levels(), affine=self.spec.codebook.is_affine)
+        return assign(ratio, self.levels(), affine=self._affine)
 
     @torch.no_grad()
     def refresh_indices(self) -> None:
@@ -260,7 +263,7 @@ class LutLinear(nn.Module):
         a, b = self.factors()
         scale = a @ b
         lut = self.levels()
-        edges = cell_edges(lut, affine=self.spec.codebook.is_affine)
+        edges = cell_edges(lut, affine=self._affine)
         # A little inside the cell, so that the rounding of w / S stays there too; a share of the
         # way to the level, because the cells of a fitted or learned LUT can be narrow.
         infinity = lut.new_full((1,), float("inf"))

@@ -2,8 +2,9 @@
 
 Each function runs as it stands (the reference) or compiled into one pass over memory
 (torch.compile); both give the same bits. Layers too small to repay compiling, and machines without
-a compiler, take it as it stands. Compiled code compares with every level, which vectorizes;
-the reference looks the level up in memory.
+a compiler, take it as it stands. An affine LUT (equally spaced up to FP16 rounding) is rounded to
+and computed; for any other compiled code compares with every level, which vectorizes, and the
+reference searches and looks up in memory.
 
 Shapes: values, scale, weight, indices (uint8) ``[out, in]``; LUT ``[n]`` sorted ascending.
 """
@@ -19,8 +20,25 @@ _WORTH_COMPILING = 2**16  # entries of a weight
 _UNROLLED = 16  # levels; up to here comparisons beat a look-up
 
 
-def _levels(position: Tensor, lut: Tensor) -> Tensor:
+def computed_levels(position: Tensor, lut: Tensor) -> Tensor:
+    """Levels of an affine, symmetric LUT of FP16 values for whole-numbered float positions."""
+    last = lut.numel() - 1
+    exact = (2 * position - last) * (lut[-1] / last)
+    # to 11 significant bits, as FP16 has (Veltkamp): compiled code drops `.half().float()`
+    wide = exact * (2**13 + 1)
+    return wide - (wide - exact)
+
+
+def is_computable(lut: Tensor) -> bool:
+    """Whether :func:`computed_levels` gives exactly the LUT's values."""
+    places = torch.arange(lut.numel(), device=lut.device).float()
+    return torch.equal(computed_levels(places, lut), lut)
+
+
+def _levels(position: Tensor, lut: Tensor, affine: bool) -> Tensor:
     """``lut[position]`` for whole-numbered float positions."""
+    if affine:
+        return computed_levels(position, lut)
     size = lut.numel()
     if size > _UNROLLED or not torch.compiler.is_compiling():
         return lut.index_select(0, position.flatten().int()).view(position.shape)
@@ -30,8 +48,8 @@ def _levels(position: Tensor, lut: Tensor) -> Tensor:
     return level
 
 
-def _scaled_levels(values: Tensor, indices: Tensor, lut: Tensor) -> Tensor:
-    return values * _levels(indices.float(), lut)
+def _scaled_levels(values: Tensor, indices: Tensor, lut: Tensor, affine: bool) -> Tensor:
+    return values * _levels(indices.float(), lut, affine)
 
 
 def affine_position(ratio: Tensor, lut: Tensor) -> Tensor:
@@ -53,20 +71,20 @@ def searched_position(ratio: Tensor, lut: Tensor) -> Tensor:
 
 
 def _nearest(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> Tensor:
-    ratio = weight / scale
-    ratio = torch.where(ratio.isnan(), 0.0, ratio)  # 0 / 0; a scale of 0 alone gives +-inf
+    # 0 / 0 is 0; a scale of 0 alone gives +-inf. `isnan` would not vectorize when compiled.
+    ratio = torch.where(weight == 0, 0.0, weight / scale)
     return affine_position(ratio, lut) if affine else searched_position(ratio, lut)
 
 
 def _quantized(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
     position = _nearest(weight, scale, lut, affine)
-    return scale * _levels(position, lut), position.to(torch.uint8)
+    return scale * _levels(position, lut, affine), position.to(torch.uint8)
 
 
 def _level_moments(
     weight: Tensor, scale: Tensor, lut: Tensor, used: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    level = _levels(_nearest(weight, scale, lut, affine), lut)
+    level = _levels(_nearest(weight, scale, lut, affine), lut, affine)
     part = used * level
     return part * level, part * weight
 
@@ -77,22 +95,25 @@ def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
     return torch.stack(rows)
 
 
-def scaled_levels(values: Tensor, indices: Tensor, lut: Tensor, *, often: bool = True) -> Tensor:
+def scaled_levels(
+    values: Tensor, indices: Tensor, lut: Tensor, *, affine: bool = False, often: bool = True
+) -> Tensor:
     """``values * LUT[indices]``: W_q from S, and the gradient of S from that of W_q.
 
     Args:
+        affine: :func:`is_computable` holds; a rounding replaces the look-up.
         often: False where it is asked once per layer: compiling would take longer.
     """
     if not often:
-        return _scaled_levels(values, indices, lut)
-    return fused(_scaled_levels, values, indices, lut, worth=_WORTH_COMPILING)
+        return _scaled_levels(values, indices, lut, affine)
+    return fused(_scaled_levels, values, indices, lut, affine, worth=_WORTH_COMPILING)
 
 
 def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tuple[Tensor, Tensor]:
     """``(LUT[idx] * S, idx)`` for the nearest levels idx (uint8) of ``weight / scale``.
 
     Args:
-        affine: the levels are equally spaced; a rounding replaces the comparisons.
+        affine: :func:`is_computable` holds; a rounding replaces the comparisons.
     """
     return fused(_quantized, weight, scale, lut, affine, worth=_WORTH_COMPILING)
 

@@ -70,13 +70,13 @@ class _QuantizedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             scale = a @ b
             if weight is None:
-                w_q = scaled_levels(scale, indices, lut)
+                w_q = scaled_levels(scale, indices, lut, affine=affine)
             else:
                 w_q, found = quantized(weight, scale, lut, affine=affine)
                 indices.copy_(found)
             x_cast = x.to(dtype)
             ctx.save_for_backward(x_cast, a, b, lut, indices)
-            ctx.dtype = x.dtype
+            ctx.dtype, ctx.affine = x.dtype, affine
             return F.linear(x_cast, w_q.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -90,14 +90,14 @@ class _QuantizedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             scale = a @ b
             if needs_x:
-                w_q = scaled_levels(scale, indices, lut)
+                w_q = scaled_levels(scale, indices, lut, affine=ctx.affine)
                 grad_x = (grad_y @ w_q.to(grad_y.dtype)).to(ctx.dtype)
                 del w_q
             if needs_weight or needs_a or needs_b or needs_lut:
                 grad_w = (rows.T @ x.flatten(0, -2)).to(a.dtype)  # of W_q, [out, in]
                 grad_weight = grad_w if needs_weight else None
                 if needs_a or needs_b:
-                    grad_scale = scaled_levels(grad_w, indices, lut)
+                    grad_scale = scaled_levels(grad_w, indices, lut, affine=ctx.affine)
                     grad_a = grad_scale @ b.T if needs_a else None
                     grad_b = a.T @ grad_scale if needs_b else None
                 if needs_lut:
@@ -126,7 +126,7 @@ def quantized_linear(
         indices: uint8 ``[out, in]``. With a weight, the nearest ones are written into it, and it
             has to stay as it is until backward.
         weight: float32 master ``[out, in]`` if it trains.
-        affine: the LUT is equally spaced.
+        affine: the LUT is equally spaced, :func:`lib.quant.kernels.is_computable`.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.base import compiled
 from lib.quant import kernels
 from lib.quant.codebook import make_codebook
-from lib.quant.kernels import level_sums, quantized, scaled_levels
+from lib.quant.kernels import is_computable, level_sums, quantized, scaled_levels
 from lib.quant.spec import Codebook
 
 OUT, IN = 264, 256  # just enough entries to be compiled
@@ -53,9 +53,20 @@ def test_compiled_equals_plain(size: int, affine: bool, compiled_calls: list[str
     plain_w, plain_indices = kernels._quantized(weight, scale, lut, affine)
     assert torch.equal(indices, plain_indices)
     assert torch.equal(w_q, plain_w)
-    assert torch.equal(scaled_levels(scale, indices, lut), w_q)
+    assert torch.equal(scaled_levels(scale, indices, lut, affine=affine), w_q)
+    assert torch.equal(w_q, scale * lut[indices.long()])
     assert compiled_calls == ["_quantized", "_scaled_levels"]
     assert w_q.isfinite().all() and int(indices.max()) == size - 1
+
+
+@pytest.mark.parametrize("codebook", [Codebook.UNIFORM, Codebook.BALANCED])
+def test_affine_codebooks_are_computable_to_the_bit(codebook: Codebook) -> None:
+    for bits in range(1, 9):
+        lut = make_codebook(codebook, 2**bits)
+        assert is_computable(lut)
+        moved = lut.clone()
+        moved[0] = torch.nextafter(moved[0].half(), torch.tensor(0.0).half()).float()
+        assert not is_computable(moved)
 
 
 @pytest.mark.parametrize("affine", [True, False])
