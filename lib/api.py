@@ -19,37 +19,46 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib.base.device import resolve_device
-from lib.base.errors import InputError, MismatchError, ParamsError
+from lib.base.errors import InputError, ParamsError
 from lib.cache.shards import CacheReader
 from lib.capture.build import cache_statistics
 from lib.capture.texts import cache_texts
 from lib.evaluate.generate import baked, chat_ids, stream_text
+from lib.interface.layers import train_all_layers, train_layer
+from lib.interface.support import info_of, section, set_info, teacher_of, training_data
 from lib.model.calibrate import quantize_calibrated
 from lib.model.checkpoint import read_config, save_checkpoint
 from lib.model.folders import check_replaceable, is_checkpoint, load_any
 from lib.model.load import folder_fingerprint, load_tokenizer
-from lib.model.surgery import has_masters
 from lib.model.teacher import bring_teacher
-from lib.params.base import Section
 from lib.params.data import Cache, Run
 from lib.params.specs import model_spec
-from lib.params.training import Distill, Quant, Scales
+from lib.params.training import Quant, Scales
 from lib.snap.snap import snap_model
 from lib.train.log import reporting, result_of
 from lib.train.loop import Trainer
-from lib.train.run import objective_of
 
 AnyPath = str | Path
-_S = TypeVar("_S", bound=Section)
-_INFO = "lutqat_info"  # attribute of a model: where it comes from, kept in its checkpoints
+
+__all__ = [
+    "generate",
+    "load",
+    "load_teacher",
+    "make_cache",
+    "quantize",
+    "save",
+    "snap",
+    "train",
+    "train_all_layers",
+    "train_layer",
+]
 
 
 def load_teacher(
@@ -78,7 +87,7 @@ def load_teacher(
             folder = Path(temporary) / "teacher"
             model = bring_teacher(text, revision, seed, folder)
         tokenizer = load_tokenizer(folder)
-        _set_info(model, {"stage": "teacher", "teacher": folder_fingerprint(folder)})
+        set_info(model, {"stage": "teacher", "teacher": folder_fingerprint(folder)})
     return model, tokenizer
 
 
@@ -110,7 +119,7 @@ def make_cache(
         InputError: fewer than two different texts, or ``folder`` is in use for something else.
         ParamsError: a key or value of ``cache`` is not possible.
     """
-    wanted = _section(Cache, cache, "make_cache")
+    wanted = section(Cache, cache, "make_cache")
     out = Path(folder)
     if out.exists() and any(out.iterdir()) and not (out / "train" / "index.json").is_file():
         raise InputError(f"{out} exists and is no cache; give a new folder")
@@ -119,7 +128,7 @@ def make_cache(
         tokenizer,
         texts,
         out,
-        teacher_mark=_teacher_of(teacher),
+        teacher_mark=teacher_of(teacher),
         settings=wanted,
         max_length=max_length,
         val_fraction=val_fraction,
@@ -142,18 +151,18 @@ def quantize(
         ParamsError: a key or value is not possible, or a rank does not fit a layer.
         InputError: the model has no projections to quantize.
     """
-    spec = model_spec(_section(Quant, quant, "quantize"))
+    spec = model_spec(section(Quant, quant, "quantize"))
     model = copy.deepcopy(teacher)
 
     def sequences(count: int) -> tuple[Tensor, Tensor]:
         if cache is None:
             raise ParamsError("quantize: init 'importance' needs text; pass cache=FOLDER")
-        reader = CacheReader(Path(cache) / "train", {"teacher": _teacher_of(teacher)})
+        reader = CacheReader(Path(cache) / "train", {"teacher": teacher_of(teacher)})
         return reader.sequences(count)
 
     quantize_calibrated(model, spec, sequences)
     model.requires_grad_(False)
-    _set_info(model, {**_info(teacher), "stage": "quantize"})
+    set_info(model, {**info_of(teacher), "stage": "quantize"})
     return model
 
 
@@ -182,23 +191,16 @@ def train(
         MismatchError: the cache is another teacher's, or the model is snapped.
         NonFiniteError: a loss or gradient became NaN or infinite; names the step and layer.
     """
-    params = _section(Scales, training, "train")
-    distill = _section(Distill, {"temperature": temperature, "target": target}, "train")
-    if not has_masters(model):
-        raise MismatchError("the model has no master weights to train; quantize() a teacher first")
-    expect = {
-        "teacher": _teacher_of(model),
-        "vocab_size": model.config.get_text_config().vocab_size,
-    }
-    train_set, val_set = (CacheReader(Path(cache) / split, expect) for split in ("train", "val"))
-    objective = objective_of(params, distill, train_set)
+    params = section(Scales, training, "train")
+    train_set, val_set, objective = training_data(model, Path(cache), params, temperature, target)
     with tempfile.TemporaryDirectory() as temporary:
         scratch, place = Path(temporary), resolve_device(device)
         trainer = Trainer(model, params, objective, train_set, val_set, place, scratch)
-        with reporting("train", params.steps, scratch, Run(), {}) as report:
+        tokens = params.batch_size * params.grad_accum * train_set.spec.max_length
+        with reporting("train", params.steps, scratch, Run(), {}, tokens_per_step=tokens) as report:
             result = result_of(trainer.run(report).progress)
-    info = {**_info(model), "stage": "train", "cache": train_set.fingerprint, "result": result}
-    _set_info(model, info)
+    info = {**info_of(model), "stage": "train", "cache": train_set.fingerprint, "result": result}
+    set_info(model, info)
     return result
 
 
@@ -215,7 +217,7 @@ def snap(model: PreTrainedModel, *, baked: bool = False) -> dict[str, Any]:
         InputError: nothing to snap. GateError: a value does not fit FP16; the layer is named.
     """
     report = snap_model(model.cpu(), baked=baked)
-    _set_info(model, {**_info(model), "stage": "snap"})
+    set_info(model, {**info_of(model), "stage": "snap"})
     return report
 
 
@@ -256,7 +258,7 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: AnyPath) -> str:
     """
     out = Path(folder)
     check_replaceable(out)
-    info = _info(model)
+    info = info_of(model)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         return save_checkpoint(
@@ -277,34 +279,5 @@ def load(folder: AnyPath) -> tuple[PreTrainedModel, Tokenizer]:
     path = Path(folder)
     read_config(path)
     model, info = load_any(path)
-    _set_info(model, info)
+    set_info(model, info)
     return model, load_tokenizer(path)
-
-
-def _info(model: PreTrainedModel) -> dict[str, Any]:
-    return dict(getattr(model, _INFO, {}))
-
-
-def _set_info(model: PreTrainedModel, info: dict[str, Any]) -> None:
-    setattr(model, _INFO, info)
-
-
-def _teacher_of(model: PreTrainedModel) -> str:
-    """Fingerprint of the teacher that a model is, or comes from."""
-    mark = _info(model).get("teacher")
-    if mark is None:
-        raise InputError("the model does not say which teacher it comes from; use load_teacher()")
-    return str(mark)
-
-
-def _section(kind: type[_S], values: dict[str, Any], where: str) -> _S:
-    """A section of params.yaml from keyword arguments."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise ParamsError(f"{where}: {key} is not a known key; there are {known}") from None
-        raise ParamsError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None

@@ -1,6 +1,6 @@
 """scales: indices frozen, the scales learn to undo what rounding did.
 
-Usage: python -m stages.scales TEACHER CACHE OUT
+Usage: python -m stages.scales TEACHER CACHE SCORES OUT
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from lib.base.stage import run_stage
 from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.params.specs import model_spec
+from lib.train.method import by_block
 from lib.train.run import start_from_teacher, train_stage
 
 
-def main(teacher: Path, cache: Path, out: Path) -> None:
+def main(teacher: Path, cache: Path, scores: Path, out: Path) -> None:
     """Quantize the teacher and train its scales."""
     params = stage_params("scales")
     if start_workers("scales", params.run.processes):
@@ -29,6 +30,9 @@ def main(teacher: Path, cache: Path, out: Path) -> None:
         run=params.run,
         tokenizer_from=teacher,
         declared=params.declared_fingerprint(),
+        by_block=by_block(
+            params.scales.method, teacher, scores, params.layerwise, params.blockwise
+        ),
     )
 
 

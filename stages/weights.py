@@ -1,6 +1,6 @@
 """weights: scales frozen, the weights learn through a straight-through estimator.
 
-Usage: python -m stages.weights CHECKPOINT CACHE OUT
+Usage: python -m stages.weights CHECKPOINT CACHE TEACHER SCORES OUT
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 from lib.base.stage import run_stage
 from lib.base.workers import start_workers
 from lib.params.load import stage_params
+from lib.train.method import by_block
 from lib.train.run import start_from_checkpoint, train_stage
 
 
-def main(checkpoint: Path, cache: Path, out: Path) -> None:
+def main(checkpoint: Path, cache: Path, teacher: Path, scores: Path, out: Path) -> None:
     """Train a checkpoint as the section `weights` says."""
     params = stage_params("weights")
     if start_workers("weights", params.run.processes):
@@ -28,6 +29,9 @@ def main(checkpoint: Path, cache: Path, out: Path) -> None:
         run=params.run,
         tokenizer_from=checkpoint,
         declared=params.declared_fingerprint(),
+        by_block=by_block(
+            params.weights.method, teacher, scores, params.layerwise, params.blockwise
+        ),
     )
 
 

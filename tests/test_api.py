@@ -137,7 +137,7 @@ def test_bad_input(teacher: tuple[PreTrainedModel, Any], cache: Path, tmp_path: 
         (ParamsError, "quantize: lut_size = 5", lambda: quantize(model, lut_size=5)),
         (ParamsError, "quantize: lutsize is not", lambda: quantize(model, lutsize=4)),
         (ParamsError, "rank 60", lambda: quantize(model, rank=60)),
-        (ParamsError, "train: steps = 0", lambda: train(quantize(model), cache, steps=0)),
+        (ParamsError, "train: steps = -1", lambda: train(quantize(model), cache, steps=-1)),
         (ParamsError, "train: temperature", lambda: train(quantize(model), cache, temperature=-1)),
         (ParamsError, "abacus", lambda: train(quantize(model), cache, device="abacus")),
         (MismatchError, "no master weights", lambda: train(model, cache)),

@@ -15,7 +15,8 @@ from lib.convert.convert import convert_by_reference_rule, convert_model
 from lib.model.calibrate import input_importance
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.surgery import has_masters, quantized_layers
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.specs import target_spec
 from lib.params.training import Convert, Distill
@@ -59,7 +60,7 @@ def convert_stage(
     spec = target_spec(params, ste_fp16)
 
     def measure(candidate: PreTrainedModel) -> float:
-        return held_out_kd(candidate, objective, val, params.eval_sequences, device)
+        return held_out_loss(candidate, objective, val, params.eval_sequences, device)
 
     rival, _, _ = _load(checkpoint)
     rival.to(device)  # type: ignore[arg-type]

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import MismatchError
-from lib.base.workers import rank, total, world_size
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.cache.spec import CacheSpec
 from lib.distill.head import candidate_logits, full_vocabulary, shared_logits
 from lib.distill.losses import cross_entropy, hard_top1, kd_candidates, kd_tail
+from lib.objective.loss import LossSums
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over the positions that predict a real token; divide by ``count`` for means."""
+@dataclass(frozen=True, kw_only=True)
+class PositionLoss:
+    """Losses of each position ``[P]``: the KD term, what learns from distributions (KD and labels,
+    weighted), the hard terms (weighted), and which positions count."""
 
-    total: Tensor
     kd: Tensor
-    count: Tensor
+    soft: Tensor
+    hard: Tensor
+    mask: Tensor
+
+    def sums(self, soft_weight: float = 1.0) -> LossSums:
+        """Sums over the positions that count; the soft part weighted."""
+        zero = torch.zeros((), device=self.kd.device)
+        total = soft_weight * self.soft + self.hard
+        return LossSums(
+            torch.where(self.mask, total, zero).sum(),
+            torch.where(self.mask, self.kd, zero).sum().detach(),
+            self.mask.sum(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,7 @@ class Objective:
         distill_weight: w; hard_top1_weight: h1; hard_full_weight: hf.
     """
 
+    name: ClassVar[str] = "kd"
     temperature: float
     tail: bool
     temperature_index: int
@@ -55,6 +68,15 @@ class Objective:
         No attention mask is needed: padding is on the right, so no real position sees it.
         """
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return self.of_hidden(model, hidden, batch).sums()
+
+    def measured(self) -> Objective:
+        """The KD term alone, for held-out text: stages with other hard-label weights stay
+        comparable."""
+        return replace(self, distill_weight=1.0, hard_top1_weight=0.0, hard_full_weight=0.0)
+
+    def of_hidden(self, model: PreTrainedModel, hidden: Tensor, batch: CachedBatch) -> PositionLoss:
+        """Losses of each position, given the decoder's last hidden states ``[B, L, D]``."""
         hidden = hidden[:, :-1]  # the last position predicts nothing that is cached
         head = model.get_output_embeddings().weight.detach()
         flat = hidden.reshape(-1, hidden.shape[-1])  # [P, D]
@@ -65,17 +87,12 @@ class Objective:
         usable = torch.cat(
             [torch.ones_like(batch.topk_ids, dtype=torch.bool), batch.negative_mask], dim=2
         ).flatten(0, 1)
-        mask = batch.mask.flatten()
-        kd, extra = self._terms(flat, head, batch, student, teacher, usable)
-        total = self.distill_weight * kd + extra
+        kd, labels, hard = self._terms(flat, head, batch, student, teacher, usable)
+        soft = self.distill_weight * kd + (1 - self.distill_weight) * labels
+        hard = self.hard_full_weight * hard
         if self.hard_top1_weight:
-            total = total + self.hard_top1_weight * hard_top1(student, usable)
-        zero = torch.zeros((), device=kd.device)
-        return LossSums(
-            torch.where(mask, total, zero).sum(),
-            torch.where(mask, kd, zero).sum().detach(),
-            mask.sum(),
-        )
+            hard = hard + self.hard_top1_weight * hard_top1(student, usable)
+        return PositionLoss(kd=kd, soft=soft, hard=hard, mask=batch.mask.flatten())
 
     def _terms(
         self,
@@ -85,11 +102,12 @@ class Objective:
         student: Tensor,
         teacher: Tensor,
         usable: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """KD ``[P]`` and the sum of the full-vocabulary terms ``[P]``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """KD, cross entropy on the labels and on the teacher's top-1, ``[P]`` each; what needs the
+        vocabulary is 0 where nothing asks for it."""
         if not self.needs_full_vocabulary:
             kd = kd_candidates(student, teacher, usable, self.temperature)
-            return kd, torch.zeros_like(kd)
+            return kd, torch.zeros_like(kd), torch.zeros_like(kd)
         labels, top1 = batch.input_ids[:, 1:].flatten(), batch.topk_ids[:, :, 0].flatten()
         full = full_vocabulary(flat, head, labels, top1, self.temperature)
         if self.tail:
@@ -97,56 +115,8 @@ class Objective:
             kd = kd_tail(student, full.scaled_logsumexp, teacher, scaled, usable, self.temperature)
         else:
             kd = kd_candidates(student, teacher, usable, self.temperature)
-        extra = (1 - self.distill_weight) * cross_entropy(full.logsumexp, full.label_logit)
-        extra = extra + self.hard_full_weight * cross_entropy(full.logsumexp, full.top1_logit)
-        return kd, extra
-
-
-class Distillation(nn.Module):
-    """A model and its objective as one module: what data parallelism wraps."""
-
-    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: CachedBatch) -> LossSums:
-        """Loss sums of one batch."""
-        return self.objective(self.model, batch)
-
-
-EVAL_BATCH = 8  # sequences; one quantization of the model serves a whole forward pass
-
-
-@torch.no_grad()
-def held_out_kd(
-    model: PreTrainedModel,
-    objective: Objective,
-    cache: CacheReader,
-    sequences: int,
-    device: torch.device,
-) -> float:
-    """Mean KD loss over the first ``sequences`` sequences of a cache (all, if it has fewer).
-
-    Several processes share the sequences, and all get the mean. Only the KD term counts: stages
-    with other hard-label weights stay comparable.
-    """
-    measure = replace(objective, distill_weight=1.0, hard_top1_weight=0.0, hard_full_weight=0.0)
-    count = min(sequences, len(cache))
-    kd_sum, positions = 0.0, 0
-    together = EVAL_BATCH * world_size()
-    for start in range(0, count, together):
-        rows = np.arange(start, min(start + together, count))
-        mine = rows[rank() :: world_size()]
-        # a model in shards needs every process in every forward pass, work or not
-        sums = measure(model, cache.batch(mine if len(mine) else rows[:1]).to(device))
-        if len(mine):
-            kd_sum += float(sums.kd)
-            positions += int(sums.count)
-    if world_size() > 1:
-        both = torch.tensor([kd_sum, positions], dtype=torch.float64, device=device)
-        both = total(both)
-        kd_sum, positions = float(both[0]), int(both[1])
-    return kd_sum / max(positions, 1)
+        by_label = cross_entropy(full.logsumexp, full.label_logit)
+        return kd, by_label, cross_entropy(full.logsumexp, full.top1_logit)
 
 
 def make_objective(

@@ -10,6 +10,7 @@ from lib.params.ane import AneCheck
 from lib.params.base import Count, Section, Seed
 from lib.params.data import Cache, Run, Teacher, Tokens
 from lib.params.export import Export
+from lib.params.methods import Blockwise, Layerwise
 from lib.params.training import (
     Convert,
     Distill,
@@ -66,6 +67,8 @@ class Params(Section):
     cache: Cache
     quant: Quant
     distill: Distill
+    layerwise: Layerwise
+    blockwise: Blockwise
     scales: Scales
     weights: Weights
     finetune: Finetune
@@ -87,6 +90,12 @@ class Params(Section):
                 f"{list(known)}; add it there or set distill.target to candidates"
             )
         check_convert(self.quant, self.convert)
+        for name, method in (("scales", self.scales.method), ("weights", self.weights.method)):
+            if self.run.processes > 1 and method != "e2e":
+                raise ValueError(
+                    f"run.processes = {self.run.processes}: {name}.method is {method}, which "
+                    "trains in one process; set it to 1, or the method to e2e"
+                )
         for name in ("scales", "weights", "finetune"):
             check_training(
                 name, getattr(self, name), self.quant.codebook, attention=self.quant.attention

@@ -99,8 +99,8 @@ class Rates(Section):
 class TrainConfig(Section):
     """One run of the training loop; every training stage has such a section."""
 
-    steps: Count = 1000
-    """Optimizer steps."""
+    steps: CountOrZero = 1000
+    """Optimizer steps; 0 hands the model on as it came."""
     batch_size: Count = 4
     """Sequences per forward pass."""
     grad_accum: Count = 1
@@ -154,8 +154,17 @@ class TrainConfig(Section):
         return self
 
 
+Method = Literal["e2e", "layerwise", "blockwise"]
+"""How a model trains: end to end, or one decoder block after the other."""
+
+
 class Scales(TrainConfig):
     """Indices frozen, scales learn."""
+
+    method: Method = "e2e"
+    """`e2e`: the whole model; `layerwise` (section `layerwise`, `steps` per layer): each layer by
+    its MLP's outputs and the whole model's; `blockwise` (section `blockwise`, which counts epochs
+    instead of steps): each block by its outputs."""
 
     rates: Rates = Rates(scale_direction=1e-3, scale_magnitude=1e-3)
     """Default: the reference's scale rate."""
@@ -163,6 +172,9 @@ class Scales(TrainConfig):
 
 class Weights(TrainConfig):
     """Scales frozen, weights learn."""
+
+    method: Method = "e2e"
+    """As in `scales`."""
 
     rates: Rates = Rates(weight=5e-6)
     """Default: the reference's weight rate, for thousands of steps."""

@@ -23,13 +23,14 @@ from lib.train.state import Progress, rows_to_csv
 Row = dict[str, float | int | None]
 
 
+def evaluated(row: Row) -> bool:
+    """Whether a held-out loss was measured after this step."""
+    return any(key.startswith("val_") and row[key] is not None for key in row)
+
+
 def logged_rows(progress: Progress, every: int) -> list[Row]:
     """The rows that log.csv holds: every ``every``-th step and all that were evaluated."""
-    return [
-        row
-        for row in progress.rows
-        if int(row["step"] or 0) % every == 0 or row.get("val_kd_loss") is not None
-    ]
+    return [row for row in progress.rows if int(row["step"] or 0) % every == 0 or evaluated(row)]
 
 
 def result_of(progress: Progress) -> dict[str, float | int]:
@@ -62,13 +63,19 @@ def _start_wandb(project: str, stage: str, config: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def reporting(
-    stage: str, steps: int, folder: Path, run: Run, config: dict[str, Any]
+    stage: str,
+    steps: int,
+    folder: Path,
+    run: Run,
+    config: dict[str, Any],
+    *,
+    tokens_per_step: int,
 ) -> Iterator[Report]:
     """A callback that moves the progress bar, rewrites the metrics whenever the held-out loss
     was measured (`dvc exp show` then has them mid-run), and feeds Weights & Biases if asked.
     Silent in all but the first of several processes."""
     if not is_main():
-        yield lambda _progress, _tokens: None
+        yield lambda _progress: None
         return
     tracker = _start_wandb(run.wandb, stage, config) if run.wandb else None
     bar = Bar(
@@ -84,17 +91,17 @@ def reporting(
     with bar:
         task = bar.add_task(stage, total=steps, note="")
 
-        def report(progress: Progress, tokens: int) -> None:
+        def report(progress: Progress) -> None:
             nonlocal first
             row = progress.rows[-1]
-            per_step = tokens // max(progress.step, 1)
             if first < 0:
                 first = progress.step - 1  # resumed runs count only their own steps
-            rate = (progress.step - first) * per_step / max(time.monotonic() - started, 1e-9)
+            trained = (progress.step - first) * tokens_per_step
+            rate = trained / max(time.monotonic() - started, 1e-9)
             note = f"loss {row['loss']:.4f}, held-out {progress.last_loss:.4f}, {rate:.0f} tokens/s"
             bar.update(task, completed=progress.step, note=note)
             logged = progress.step % run.log_every == 0
-            if row.get("val_kd_loss") is not None:
+            if evaluated(row):
                 write_log(folder, stage, progress, run.log_every)
             if bar.disable and (logged or progress.step == steps):
                 print(f"{stage} {progress.step}/{steps}: {note}", file=sys.stderr, flush=True)

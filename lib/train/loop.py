@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
 from lib.base.workers import is_main, rank, total, wait_for_everyone, world_size
-from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.linear import LutLinear, ParameterRole
-from lib.objective.distillation import Distillation, LossSums, Objective, held_out_kd
+from lib.objective.loss import Batch, Batches, Loss, LossModule, LossSums, held_out_loss
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
 from lib.train.parallel import (
@@ -31,40 +30,21 @@ from lib.train.parallel import (
     whole,
     without_parameters,
 )
-from lib.train.roles import current, role_rates, select, settle_after, settle_before
+from lib.train.roles import (
+    Trainable,
+    current,
+    role_rates,
+    select,
+    settle_after,
+    settle_before,
+)
+from lib.train.schedule import rate_factor, rows_of
 from lib.train.state import Progress, load_state, save_state
 
 _GPU_STEPS_UNSEEN = 10
 
-Report = Callable[[Progress, int], None]
-"""Called after every step with the progress and the number of tokens trained so far."""
-
-
-def rate_factor(step: int, params: TrainConfig) -> float:
-    """Learning-rate multiplier of optimizer step ``step`` (from 0): linear warm-up, then
-    constant, or a cosine down to ``min_rate_ratio`` at the last step."""
-    if step < params.warmup_steps:
-        return (step + 1) / params.warmup_steps
-    if params.schedule == "constant":
-        return 1.0
-    span = max(1, params.steps - 1 - params.warmup_steps)
-    done = min(1.0, (step - params.warmup_steps) / span)
-    low = params.min_rate_ratio
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def rows_of(micro_batch: int, batch_size: int, total: int, seed: int) -> np.ndarray:
-    """Cache rows of the n-th micro-batch: a fresh permutation per epoch, a pure function.
-
-    Nothing but the counter has to be saved to resume.
-    """
-    wanted = np.arange(micro_batch * batch_size, (micro_batch + 1) * batch_size)
-    rows = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(wanted // total):
-        inside = wanted // total == epoch
-        order = np.random.default_rng([seed, int(epoch)]).permutation(total)
-        rows[inside] = order[wanted[inside] % total]
-    return rows
+Report = Callable[[Progress], None]
+"""Called after every step."""
 
 
 @dataclass
@@ -79,18 +59,28 @@ class TrainResult:
 
 
 class Trainer:
-    """One run over one cache. Bit-exact resume: state is saved every ``checkpoint_every``."""
+    """One run over one set of sequences. Bit-exact resume: state is saved every
+    ``checkpoint_every``.
+
+    Args:
+        loss: of ``model`` on a batch of ``train``; ``val`` is judged by its held-out term.
+        trainables: what trains; None = all that ``params`` allow.
+        patience: stop after so many evaluations in a row that found nothing better; 0 = never.
+        shard: several processes hold parts of the model, not copies.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         params: TrainConfig,
-        objective: Objective,
-        train: CacheReader,
-        val: CacheReader,
+        loss: Loss,
+        train: Batches,
+        val: Batches,
         device: torch.device,
         scratch: Path,
         *,
+        trainables: list[Trainable] | None = None,
+        patience: int = 0,
         shard: bool = False,
     ) -> None:
         if params.dtype == "fp16" and device.type == "cpu":
@@ -106,18 +96,19 @@ class Trainer:
         np.random.seed(params.seed)
         torch.manual_seed(params.seed)
         model.to(device)  # type: ignore[arg-type]
-        self.model, self.params, self.objective = model, params, objective
-        self.train_cache, self.val_cache, self.device = train, val, device
+        self.model, self.params, self.loss, self.patience = model, params, loss, patience
+        self.train_data, self.val_data, self.device = train, val, device
         self.state_folder = scratch / "state"
-        self.trainables = select(model, params)
+        self.trainables = select(model, params) if trainables is None else trainables
         settle_before(self.trainables)
         if params.gradient_checkpointing:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # Transformers checkpoints only in training mode
         self.empty = without_parameters(model) if shard and world_size() > 1 else None
-        self.module = parallel(Distillation(model, objective), device, shard=shard)
-        self.trainables = current(self.trainables, model)
+        self.module = parallel(LossModule(model, loss), device, shard=shard)
+        if self.empty is not None:
+            self.trainables = current(self.trainables, model)
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(enabled=params.dtype == "fp16" and device.type == "cuda")
         self.progress = Progress()
@@ -154,13 +145,13 @@ class Trainer:
             item.parameter.copy_(values[item.name])
 
     def held_out_loss(self) -> float:
-        """Mean KD loss over the first ``eval_sequences`` held-out sequences."""
+        """Mean of the held-out term over the first ``eval_sequences`` held-out sequences."""
         count = self.params.eval_sequences
         with self._autocast():
-            loss = held_out_kd(self.model, self.objective, self.val_cache, count, self.device)
+            loss = held_out_loss(self.model, self.loss, self.val_data, count, self.device)
         if not math.isfinite(loss):
-            rows = range(min(count, len(self.val_cache)))
-            batches = (self.val_cache.batch(np.array([row])).to(self.device) for row in rows)
+            rows = range(min(count, len(self.val_data)))
+            batches = (self.val_data.batch(np.array([row])).to(self.device) for row in rows)
             raise NonFiniteError(
                 f"held-out loss is {loss} at step {self.progress.step}: {self._first_bad(batches)}"
             )
@@ -183,15 +174,16 @@ class Trainer:
         self.progress.last_loss = loss
         return loss
 
-    def _batches(self, step: int) -> Iterator[CachedBatch]:
+    def _batches(self, step: int) -> Iterator[Batch]:
         """This process's share of each micro-batch of a step, on the CPU."""
         accumulate, size = self.params.grad_accum, self.params.batch_size
         for part in range(accumulate):
-            rows = rows_of(step * accumulate + part, size, len(self.train_cache), self.params.seed)
-            yield self.train_cache.batch(rows[rank() :: world_size()])
+            rows = rows_of(step * accumulate + part, size, len(self.train_data), self.params.seed)
+            yield self.train_data.batch(rows[rank() :: world_size()])
 
-    def _backward(self, batches: list[CachedBatch]) -> Tensor:
-        """Gradients of the mean over all positions of all processes; returns (loss, KD loss)."""
+    def _backward(self, batches: list[Batch]) -> Tensor:
+        """Gradients of the mean over all positions of all processes; returns that and the mean of
+        the held-out term."""
         count = torch.stack([batch.mask.sum() for batch in batches]).sum()
         positions = total(count.to(self.device)).clamp_min(1).float()
         means = torch.zeros(2, device=self.device)
@@ -202,7 +194,7 @@ class Trainer:
                     sums: LossSums = self.module(batch.to(self.device))
                 # the processes' gradients are averaged, and their sum is wanted
                 self.scaler.scale(sums.total * world_size() / positions).backward()
-            means += torch.stack([sums.total.detach().float(), sums.kd.float()]) / positions
+            means += torch.stack([sums.total.detach().float(), sums.held.float()]) / positions
         return total(means)
 
     def train_step(self) -> dict[str, Any]:
@@ -212,14 +204,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         batches = list(self._batches(step))
-        loss, kd = self._backward(batches)
+        loss, held = self._backward(batches)
         self.scaler.unscale_(self.optimizer)
         limit = self.params.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit)
         row = {
             "step": step + 1,
             "loss": loss,
-            "kd_loss": kd,
+            f"{self.loss.name}_loss": held,
             "rate_factor": factor,
             "gradient_norm": norm,
         }
@@ -232,13 +224,13 @@ class Trainer:
         self.progress.step += 1
         return row
 
-    def _check(self, row: dict[str, Any], batches: list[CachedBatch]) -> None:
+    def _check(self, row: dict[str, Any], batches: list[Batch]) -> None:
         """Turn a row's tensors into numbers.
 
         Raises:
             NonFiniteError: the loss is not finite, or the gradient where no scaler skips it.
         """
-        for key in ("loss", "kd_loss", "gradient_norm"):
+        for key in ("loss", f"{self.loss.name}_loss", "gradient_norm"):
             row[key] = float(whole(row[key]))
         if not math.isfinite(row["loss"]):
             moved = (batch.to(self.device) for batch in batches)
@@ -271,7 +263,7 @@ class Trainer:
                 self.average[item.name].lerp_(item.parameter, 1 - decay)
 
     @torch.no_grad()
-    def _first_bad(self, batches: Iterable[CachedBatch]) -> str:
+    def _first_bad(self, batches: Iterable[Batch]) -> str:
         """Where non-finite values first appear: a parameter, else a module's output."""
         for name, parameter in self.model.named_parameters():
             if not whole(parameter).isfinite().all():
@@ -293,7 +285,7 @@ class Trainer:
         ]
         for batch in batches:
             with self._autocast():
-                self.objective(self.model, batch)
+                self.loss(self.model, batch)
             if found:
                 break
         for handle in handles:
@@ -327,6 +319,23 @@ class Trainer:
                     target[key] = part_of(value.to(self.device), like[key])
         return True
 
+    def _stalled(self) -> bool:
+        """Whether the last ``patience`` evaluations found nothing better."""
+        if not self.patience:
+            return False
+        key = f"val_{self.loss.name}_loss"
+        measured = [row["step"] for row in self.progress.rows if row.get(key) is not None]
+        since = sum(1 for step in measured if int(step or 0) > self.progress.best_step)
+        return since >= self.patience
+
+    def _start(self) -> None:
+        """What a run that does not resume begins with."""
+        if self.params.ema > 0:
+            self.average = self._snapshot()
+        self.progress.initial_loss = self._evaluate()
+        key = f"val_{self.loss.name}_loss"
+        self.progress.rows.append({"step": 0, key: self.progress.initial_loss})
+
     def run(self, report: Report) -> TrainResult:
         """Train to the last step and leave the best parameters in the model.
 
@@ -335,19 +344,12 @@ class Trainer:
                 saved state stays on disk.
         """
         params = self.params
-        if self._resume():
-            if is_main():
-                print(
-                    f"going on after step {self.progress.step} of {params.steps}", file=sys.stderr
-                )
-        else:
-            if params.ema > 0:
-                self.average = self._snapshot()
-            self.progress.initial_loss = self._evaluate()
-            self.progress.rows.append({"step": 0, "val_kd_loss": self.progress.initial_loss})
-        tokens_per_step = params.batch_size * params.grad_accum * self.train_cache.spec.max_length
+        if not self._resume():
+            self._start()
+        elif is_main():
+            print(f"going on after step {self.progress.step} of {params.steps}", file=sys.stderr)
         waiting: list[dict[str, Any]] = []
-        while self.progress.step < params.steps:
+        while self.progress.step < params.steps and not self._stalled():
             row = self.train_step()
             step, last = self.progress.step, self.progress.step == params.steps
             evaluates = step % params.eval_every == 0 or last
@@ -361,13 +363,16 @@ class Trainer:
                 self.progress.rows.append(seen)
             waiting.clear()
             if evaluates:
-                row["val_kd_loss"] = self._evaluate()
+                row[f"val_{self.loss.name}_loss"] = self._evaluate()
             if saves:
                 self._save()
-            report(self.progress, step * tokens_per_step)
+            report(self.progress)
         self._restore(self.best)
-        model = self.model if self.empty is None else gathered(self.model, self.empty)
-        settle_after(current(self.trainables, model))
+        model = self.model
+        if self.empty is not None:
+            model = gathered(self.model, self.empty)
+            self.trainables = current(self.trainables, model)
+        settle_after(self.trainables)
         model.eval()
         model.requires_grad_(False)
         trained = sum(t.parameter.numel() for t in self.trainables)

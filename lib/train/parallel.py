@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lib.base.workers import world_size
-from lib.objective.distillation import Distillation
+from lib.objective.loss import LossModule
 
 
-def parallel(module: Distillation, device: torch.device, *, shard: bool) -> nn.Module:
+def parallel(module: LossModule, device: torch.device, *, shard: bool) -> nn.Module:
     """The module as the processes train it; itself where there is one.
 
     Sharding replaces the parameters of the decoder blocks: look them up again afterwards.

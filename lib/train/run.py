@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from lib.objective.distillation import Objective, make_objective
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
+from lib.train.by_block import BlockMethod, train_by_block
 from lib.train.log import reporting, result_of, write_log
-from lib.train.loop import Trainer, TrainResult
+from lib.train.loop import Report, Trainer
+from lib.train.method import ByBlock
+from lib.train.state import Progress
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,20 @@ def objective_of(params: TrainConfig, distill: Distill, cache: CacheReader) -> O
     )
 
 
+Reporting = Callable[..., contextlib.AbstractContextManager[Report]]
+
+
+def _end_to_end(trainer: Trainer, report: Reporting) -> tuple[PreTrainedModel, Progress]:
+    with report(steps=trainer.params.steps) as tell:
+        result = trainer.run(tell)
+    return result.model, result.progress
+
+
+def _block_after_block(method: BlockMethod, scratch: Path, report: Reporting) -> Progress:
+    with report(steps=sum(map(method.steps, method.numbers()))) as tell:
+        return train_by_block(method, scratch, tell)
+
+
 def train_stage(
     stage: str,
     start: Start,
@@ -96,12 +116,14 @@ def train_stage(
     run: Run,
     tokenizer_from: Path,
     declared: str,
-) -> TrainResult:
+    by_block: ByBlock | None = None,
+) -> Progress:
     """Train ``start`` on ``cache`` and write ``out/model``, ``out/log.csv``, ``out/metrics.json``.
 
     Args:
         declared: fingerprint of the params that define the run; with the inputs' and the code's
             it keys the state that a killed run resumes from.
+        by_block: train one decoder block after the other; None = end to end.
 
     Raises:
         MismatchError: cache, teacher or vocabulary do not belong together; both sides are named.
@@ -115,7 +137,7 @@ def train_stage(
         "vocab_size": start.model.config.vocab_size,
     }
     train, val = (CacheReader(cache / split, expect) for split in ("train", "val"))
-    identity = {
+    identity: dict[str, Any] = {
         "params": declared,
         "parent": start.parent,
         "train": train.fingerprint,
@@ -123,19 +145,31 @@ def train_stage(
         "code": code_fingerprint(),
         "device": device.type,
     }
+    if by_block is not None:
+        identity["by_block"] = by_block.identity(start.teacher)
     with scratch_folder(stage, fingerprint(identity)) as scratch:
         objective = objective_of(params, distill, train)
-        trainer = Trainer(
-            start.model, params, objective, train, val, device, scratch, shard=run.shard
+        report = partial(
+            reporting,
+            stage,
+            folder=out,
+            run=run,
+            config=params.model_dump(mode="json"),
+            tokens_per_step=params.batch_size * params.grad_accum * train.spec.max_length,
         )
-        config = params.model_dump(mode="json")
-        with reporting(stage, params.steps, out, run, config) as report:
-            try:
-                result = trainer.run(report)
-            except NonFiniteError as error:
-                raise NonFiniteError(
-                    f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
-                ) from None
+        sets = (start.model, params, objective, train, val, device, scratch)
+        try:
+            if by_block is None:
+                model, progress = _end_to_end(Trainer(*sets, shard=run.shard), report)
+            else:
+                model, progress = (
+                    start.model,
+                    _block_after_block(by_block.make(*sets), scratch, report),
+                )
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
+            ) from None
         info = {
             "stage": stage,
             "teacher": start.teacher,
@@ -143,10 +177,9 @@ def train_stage(
             "cache": train.fingerprint,
             "params": declared,
             "code": identity["code"],
-            "result": result_of(result.progress),
+            "result": result_of(progress),
         }
         if is_main():
-            model = result.model.cpu()
-            save_checkpoint(model, out / "model", tokenizer_from=tokenizer_from, info=info)
-            write_log(out, stage, result.progress, run.log_every)
-    return result
+            save_checkpoint(model.cpu(), out / "model", tokenizer_from=tokenizer_from, info=info)
+            write_log(out, stage, progress, run.log_every)
+    return progress

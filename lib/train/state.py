@@ -122,9 +122,13 @@ def load_state(
     return Progress(**values["progress"]), extra
 
 
+_FIRST_COLUMNS = ("step", "loss", "kd_loss", "val_kd_loss", "rate_factor", "gradient_norm")
+
+
 def rows_to_csv(rows: list[dict[str, float | int | None]]) -> str:
     """The loss log: one line per logged step, empty cells for what was not measured."""
-    columns = ("step", "loss", "kd_loss", "val_kd_loss", "rate_factor", "gradient_norm")
+    more = dict.fromkeys(key for row in rows for key in row if key not in _FIRST_COLUMNS)
+    columns = (*_FIRST_COLUMNS, *more)
 
     def cell(value: float | int | None) -> str:
         return "" if value is None else json.dumps(value)

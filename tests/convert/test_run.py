@@ -13,7 +13,8 @@ from lib.base.errors import InputError, MismatchError
 from lib.convert.run import convert_stage
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.surgery import bake
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.training import Convert, Distill
 from lib.snap.snap import snap_model
@@ -58,9 +59,9 @@ def test_it_beats_the_reference_rule_and_says_what_it_cost(place: Path, tmp_path
     model, info = load_checkpoint(tmp_path / "out/model")
     _, val = readers(place / "cache")
     objective = make_objective(val, temperature=2.0, target="candidates")
-    assert held_out_kd(model, objective, val, 64, CPU) == metrics["kd_after"]
+    assert held_out_loss(model, objective, val, 64, CPU) == metrics["kd_after"]
     before, _ = load_checkpoint(place / "trained")
-    assert held_out_kd(before, objective, val, 64, CPU) == metrics["kd_before"]
+    assert held_out_loss(before, objective, val, 64, CPU) == metrics["kd_before"]
     assert info["teacher"] == "tiny" and info["result"] == metrics
     assert info["parent"] == read_config(place / "trained")["fingerprint"]
 

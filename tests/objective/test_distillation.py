@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from lib.base.errors import MismatchError
 from lib.cache.shards import CachedBatch
 from lib.distill import head as head_module
-from lib.objective import distillation
-from lib.objective.distillation import Objective, held_out_kd, make_objective
+from lib.objective import loss
+from lib.objective.distillation import Objective, make_objective
+from lib.objective.loss import held_out_loss
 from tests.capture.tiny import VOCAB
 from tests.tiny_models import CPU, make_caches, quantized, readers, tiny_model
 
@@ -106,7 +107,7 @@ def test_sums_and_gradients_are_the_equation(cache: Path, settings: dict[str, An
     total, kd = naive(model, batch, settings)
     assert sums.count == int(batch.mask.sum())
     assert float(sums.total.detach()) == pytest.approx(float(total.detach()), rel=1e-4)
-    assert float(sums.kd) == pytest.approx(float(kd.detach()), rel=1e-4)
+    assert float(sums.held) == pytest.approx(float(kd.detach()), rel=1e-4)
     fast = torch.autograd.grad(sums.total, parameters)
     slow = torch.autograd.grad(total, parameters)
     for one, other in zip(fast, slow, strict=True):
@@ -125,7 +126,7 @@ def test_cached_kd_with_the_whole_vocabulary_is_full_logit_kd(tmp_path: Path) ->
         for target in ("candidates", "tail"):
             sums = make_objective(train, temperature=2.0, target=target)(model, batch)
             # the cache holds float16: log-probabilities are off by 2^-8 at worst
-            assert float(sums.kd) == pytest.approx(float(slow[batch.mask].sum()), rel=2e-3)
+            assert float(sums.held) == pytest.approx(float(slow[batch.mask].sum()), rel=2e-3)
 
 
 def test_padding_does_not_count(cache: Path) -> None:
@@ -140,7 +141,7 @@ def test_padding_does_not_count(cache: Path) -> None:
         other = objective(model, batch)
         batch.input_ids[0, 2] = batch.input_ids[0, 2] % 90 + 1
         changed = objective(model, batch)
-    assert one.total == other.total and one.kd == other.kd and one.count == other.count
+    assert one.total == other.total and one.held == other.held and one.count == other.count
     assert changed.total != one.total
 
 
@@ -149,7 +150,7 @@ def test_a_batch_of_padding_alone_is_zero(cache: Path) -> None:
     batch = train.batch(np.array([0]))
     batch.mask[:] = False
     sums = make_objective(train, temperature=2.0, target="candidates")(student(), batch)
-    assert (float(sums.total), float(sums.kd), sums.count) == (0.0, 0.0, 0)
+    assert (float(sums.total), float(sums.held), sums.count) == (0.0, 0.0, 0)
 
 
 def test_negatives_count(cache: Path) -> None:
@@ -157,9 +158,9 @@ def test_negatives_count(cache: Path) -> None:
     batch = train.batch(np.arange(4))
     objective, model = make_objective(train, temperature=2.0, target="candidates"), student()
     with torch.no_grad():
-        whole = objective(model, batch).kd
+        whole = objective(model, batch).held
         batch.negative_mask[:] = False
-        assert objective(model, batch).kd < 0.99 * whole
+        assert objective(model, batch).held < 0.99 * whole
 
 
 @pytest.mark.parametrize("target", ["candidates", "tail"])
@@ -167,7 +168,7 @@ def test_negatives_count(cache: Path) -> None:
 def test_held_out_kd_is_the_mean_over_real_positions(
     cache: Path, target: str, eval_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "EVAL_BATCH", eval_batch)
+    monkeypatch.setattr(loss, "EVAL_BATCH", eval_batch)
     _, val = readers(cache)
     objective = make_objective(
         val, temperature=2.0, target=target, distill_weight=0.2, hard_top1_weight=3.0
@@ -177,7 +178,7 @@ def test_held_out_kd_is_the_mean_over_real_positions(
         batch = val.batch(np.arange(min(count, len(val))))
         with torch.no_grad():
             _, kd = naive(model, batch, {"temperature": 2.0, "target": target})
-        found = held_out_kd(model, objective, val, count, CPU)
+        found = held_out_loss(model, objective, val, count, CPU)
         # only the KD term, whatever weights the stage trains with
         assert found == pytest.approx(float(kd) / int(batch.mask.sum()), rel=1e-4)
 
@@ -186,8 +187,8 @@ def test_the_teacher_itself_has_no_loss(cache: Path) -> None:
     _, val = readers(cache)
     for target in ("candidates", "tail"):
         objective = make_objective(val, temperature=2.0, target=target)
-        assert held_out_kd(tiny_model(), objective, val, 8, CPU) < 1e-4
-        assert held_out_kd(student(), objective, val, 8, CPU) > 0.1
+        assert held_out_loss(tiny_model(), objective, val, 8, CPU) < 1e-4
+        assert held_out_loss(student(), objective, val, 8, CPU) > 0.1
 
 
 def test_the_tail_needs_its_temperature(cache: Path) -> None:

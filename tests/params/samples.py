@@ -11,6 +11,8 @@ SMALLEST: dict[str, Any] = {
     "cache": {},
     "quant": {},
     "distill": {},
+    "layerwise": {},
+    "blockwise": {},
     "scales": {},
     "weights": {},
     "finetune": {},

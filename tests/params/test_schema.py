@@ -99,7 +99,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"scales.rates": {"weight": -1e-3}}, ["scales.rates.weight = -0.001"]),
     ({"scales.rates": {"lut": 1e-3}}, ["scales.rates.lut = 0.001", "quant.codebook to learned"]),
     ({"finetune_q2.rates": {"lut": 1e-3}}, ["finetune_q2.rates.lut", "convert.codebook"]),
-    ({"scales.steps": 0}, ["scales.steps = 0"]),
+    ({"scales.steps": -1}, ["scales.steps = -1"]),
     ({"scales.warmup_steps": 9, "scales.steps": 8}, ["scales.warmup_steps = 9", "steps = 8"]),
     ({"scales.ema": 1.0}, ["scales.ema = 1.0", "less than 1"]),
     ({"scales.distill_weight": 1.1}, ["scales.distill_weight = 1.1"]),

@@ -50,7 +50,7 @@ def trainer(
     return Trainer(model, params, objective, train, val, CPU, scratch)
 
 
-def quiet(_progress: Progress, _tokens: int) -> None:
+def quiet(_progress: Progress) -> None:
     """A report that says nothing."""
 
 

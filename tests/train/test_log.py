@@ -54,10 +54,10 @@ def test_log_and_metrics_on_disk(tmp_path: Path) -> None:
 def test_reports_are_short_lines_and_metrics_appear_when_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting("scales", 5, tmp_path, Run(log_every=2), {}) as report:
+    with reporting("scales", 5, tmp_path, Run(log_every=2), {}, tokens_per_step=100) as report:
         for steps in range(1, 6):
             now = progress(steps)
-            report(now, 100 * steps)
+            report(now)
             assert (tmp_path / "metrics.json").exists() is (steps >= 3)
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
@@ -70,7 +70,7 @@ def test_wandb_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
     with (
         pytest.raises(InputError, match=r"run\.wandb is 'mine' .*not installed.*null") as caught,
-        reporting("scales", 5, tmp_path, Run(wandb="mine"), {}),
+        reporting("scales", 5, tmp_path, Run(wandb="mine"), {}, tokens_per_step=10),
     ):
         pass
     assert "\n" not in str(caught.value)
@@ -97,9 +97,10 @@ def test_wandb_gets_logged_rows_and_is_always_closed(
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     try:
-        with reporting("scales", 5, tmp_path, Run(wandb="mine", log_every=2), {"x": 1}) as report:
+        run = Run(wandb="mine", log_every=2)
+        with reporting("scales", 5, tmp_path, run, {"x": 1}, tokens_per_step=10) as report:
             for steps in (1, 2):
-                report(progress(steps), 10 * steps)
+                report(progress(steps))
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,40 +14,15 @@ from transformers import PreTrainedModel
 from lib.base.errors import NonFiniteError, ParamsError
 from lib.cache.shards import CachedBatch
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.params.training import Rates
 from lib.quant.spec import Codebook, ScaleForm
-from lib.train.loop import Trainer, rate_factor, rows_of
+from lib.train.loop import Trainer
 from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of
 from tests.train.samples import BOTH, config, losses, quiet, train, trainer
 
 SCALES = Rates(scale_direction=1e-3, scale_magnitude=1e-3)
-
-
-def test_rate_factor() -> None:
-    params = config(steps=10, warmup_steps=4, schedule="cosine", min_rate_ratio=0.1)
-    factors = [rate_factor(step, params) for step in range(10)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    slow = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(6)]
-    assert factors[4:] == pytest.approx(slow)
-    assert factors[-1] == pytest.approx(0.1)
-    constant = config(steps=10, warmup_steps=2)
-    assert [rate_factor(step, constant) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
-    assert rate_factor(0, config(steps=1, schedule="cosine")) == 1.0
-    assert rate_factor(3, config(steps=4, warmup_steps=4, schedule="cosine")) == 1.0
-
-
-@pytest.mark.parametrize(("batch", "total"), [(4, 20), (3, 20), (7, 5), (1, 1)])
-def test_every_epoch_visits_every_row_once(batch: int, total: int) -> None:
-    count = -(-3 * total // batch)
-    seen = np.concatenate([rows_of(n, batch, total, seed=1) for n in range(count)])
-    epochs = [seen[i * total : (i + 1) * total] for i in range(3)]
-    assert all(sorted(epoch) == list(range(total)) for epoch in epochs)
-    if total > 1:
-        assert any((epochs[0] != epoch).any() for epoch in epochs[1:])
-        other = np.concatenate([rows_of(n, batch, total, seed=2) for n in range(count)])
-        assert (other != seen).any()
-    assert (rows_of(2, batch, total, 1) == seen[2 * batch : 3 * batch]).all()
 
 
 @pytest.mark.parametrize("target", ["candidates", "tail"])
@@ -202,7 +176,7 @@ def test_a_gpu_is_asked_every_few_steps_and_the_record_is_the_same(
         one = trainer(quantized(), cache, tmp_path / str(waits), params)
         one.waits = waits
         seen: list[int] = []
-        result = one.run(lambda progress, _tokens, seen=seen: seen.append(progress.step))
+        result = one.run(lambda progress, seen=seen: seen.append(progress.step))
         records.append(result.progress.rows)
         reports.append(seen)
     assert records[0] == records[1] and len(records[0]) == 14
@@ -273,7 +247,7 @@ def test_averages_are_what_is_evaluated_and_saved(cache: Path, tmp_path: Path) -
     assert result.progress.best_step == 6
     for item in made.trainables:
         assert torch.allclose(item.parameter, slow[item.name], atol=1e-6)
-    loss = held_out_kd(made.model, made.objective, made.val_cache, 16, CPU)
+    loss = held_out_loss(made.model, made.loss, made.val_data, 16, CPU)
     assert loss == result.progress.best_loss
 
 

@@ -33,7 +33,7 @@ class KilledError(Exception):
 
 
 def killer(step: int) -> Any:
-    def report(progress: Progress, _tokens: int) -> None:
+    def report(progress: Progress) -> None:
         if progress.step == step:
             raise KilledError
 
@@ -64,7 +64,7 @@ def test_killed_and_resumed_equals_never_stopped(
     model = model_for(params)
     steps: list[int] = []
     resumed = trainer(model, cache, tmp_path / "parts", params)
-    result = resumed.run(lambda progress, _: steps.append(progress.step))
+    result = resumed.run(lambda progress: steps.append(progress.step))
 
     assert steps == [5, 6]  # it did go on where it was
     assert result.progress == whole.progress
@@ -99,7 +99,7 @@ def test_a_non_finite_loss_stops_and_leaves_the_saved_state(
     name = "model.layers.1.self_attn.v_proj"
     model = quantized()
 
-    def report(progress: Progress, _tokens: int) -> None:
+    def report(progress: Progress) -> None:
         if progress.step == 5:
             poison(model, name)
 
@@ -111,7 +111,7 @@ def test_a_non_finite_loss_stops_and_leaves_the_saved_state(
     whole = trainer(whole_model, cache, tmp_path / "whole", params).run(quiet)
     steps: list[int] = []
     made = trainer(again, cache, tmp_path / "parts", params)
-    result = made.run(lambda progress, _: steps.append(progress.step))
+    result = made.run(lambda progress: steps.append(progress.step))
     assert steps == [5, 6, 7, 8]
     assert result.progress == whole.progress and same(state_of(again), state_of(whole_model))
 

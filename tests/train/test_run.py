@@ -18,8 +18,9 @@ from lib.params.data import Run
 from lib.params.training import Distill
 from lib.snap.run import snap_stage
 from lib.train import run as run_module
-from lib.train.loop import Trainer, TrainResult
+from lib.train.loop import Trainer
 from lib.train.run import Start, start_from_checkpoint, start_from_teacher, train_stage
+from lib.train.state import Progress
 from tests.tiny_models import (
     linear_spec,
     logits_of,
@@ -54,7 +55,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stage(
     start: Start, place: Path, out: Path, target: Any = "candidates", **changes: Any
-) -> TrainResult:
+) -> Progress:
     params = config(**{"steps": 4, **changes})
     return train_stage(
         "weights",
@@ -75,7 +76,7 @@ def test_folders_written_and_chained(place: Path, tmp_path: Path, root: Path) ->
     out = tmp_path / "one"
     assert sorted(f.name for f in out.iterdir()) == ["log.csv", "metrics.json", "model"]
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["weights"]["best_kd"] == result.progress.best_loss
+    assert metrics["weights"]["best_kd"] == result.best_loss
     with (out / "log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "4"]
     model, info = load_checkpoint(out / "model")
@@ -89,7 +90,7 @@ def test_folders_written_and_chained(place: Path, tmp_path: Path, root: Path) ->
     assert following.parent == read_config(out / "model")["fingerprint"]
     assert following.teacher == start.teacher
     again = stage(following, place, tmp_path / "two", target="tail")
-    assert again.progress.initial_loss > 0
+    assert again.initial_loss > 0
 
 
 def test_a_stage_starts_where_the_last_one_ended(place: Path, tmp_path: Path) -> None:
@@ -98,12 +99,12 @@ def test_a_stage_starts_where_the_last_one_ended(place: Path, tmp_path: Path) ->
     scales = {"scale_direction": 1e-3, "scale_magnitude": 1e-3, "weight": 0.0}
     rates = config().rates
     first = stage(start, place, tmp_path / "one", rates=rates.model_copy(update=scales), steps=8)
-    assert first.progress.best_step > 0
+    assert first.best_step > 0
     layers = quantized_layers(load_checkpoint(tmp_path / "one/model")[0]).values()
     assert any(not torch.equal(x.nearest_indices(), x.indices) for x in layers)
     start = start_from_checkpoint(tmp_path / "one/model")
     second = stage(start, place, tmp_path / "two")
-    assert second.progress.initial_loss == first.progress.best_loss
+    assert second.initial_loss == first.best_loss
 
 
 class KilledError(Exception):

@@ -1,0 +1,211 @@
+"""Training one decoder block after the other: what the methods `layerwise` and `blockwise` share.
+
+A block that is done is kept in the scratch folder, so a killed run goes on with the block it was
+at; inside a block the training loop resumes by itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from lib.base.errors import NonFiniteError, ParamsError
+from lib.base.files import atomic_file, read_json, write_json
+from lib.cache.shards import CacheReader
+from lib.model.blocks import block_prefix, decoder_blocks, part, run_part
+from lib.model.linear import LutLinear
+from lib.model.surgery import quantized_layers
+from lib.objective.distillation import Objective
+from lib.objective.loss import EVAL_BATCH
+from lib.params.training import TrainConfig
+from lib.train.activations import on
+from lib.train.loop import Report, Trainer
+from lib.train.roles import Trainable, select
+from lib.train.state import Progress
+
+Row = dict[str, float | int | None]
+
+
+class BlockMethod(Protocol):
+    """How blocks train."""
+
+    model: PreTrainedModel
+    device: torch.device
+
+    def numbers(self) -> Sequence[int]:
+        """The blocks that train, ascending."""
+
+    def steps(self, block: int) -> int:
+        """Optimizer steps of a block."""
+
+    def epochs(self, step: int) -> float:
+        """Passes over the training sequences that so many steps are."""
+
+    def trainer(self, block: int, scratch: Path) -> Trainer:
+        """The run that trains a block; those before it are done."""
+
+    def held_out_kd(self) -> float:
+        """Held-out KD of the whole model as it is now."""
+
+
+def trainables_of(model: PreTrainedModel, params: TrainConfig, block: int) -> list[Trainable]:
+    """What of one block ``params`` let train; nothing else requires a gradient afterwards.
+
+    Raises:
+        ParamsError: nothing does.
+    """
+    prefix = block_prefix(model, block)
+    chosen = []
+    for item in select(model, params):
+        inside = item.name.startswith(prefix)
+        item.parameter.requires_grad_(inside)
+        if inside:
+            chosen.append(item)
+    if not chosen:
+        raise ParamsError(
+            f"nothing of block {block} trains; change freeze_last_mlp or train_mlp_only"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def held_out_kd(
+    model: PreTrainedModel,
+    objective: Objective,
+    val: CacheReader,
+    sequences: int,
+    device: torch.device,
+) -> float:
+    """Mean held-out KD of the whole model, one block at a time on the device."""
+    ids, _ = val.sequences(sequences)
+    starts = range(0, len(ids), EVAL_BATCH)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with on(device, embed):
+        hidden = [embed(ids[start : start + EVAL_BATCH].to(device)) for start in starts]
+    count = len(decoder_blocks(model))
+    for number in range(count):
+        view = part(model, number, number + 1, norm=number == count - 1)
+        with on(device, view):
+            hidden = [run_part(view, x) for x in hidden]
+    kd, positions = 0.0, 0
+    measure = objective.measured()
+    with on(device, head):
+        for start, x in zip(starts, hidden, strict=True):
+            rows = np.arange(start, min(start + EVAL_BATCH, len(ids)))
+            sums = measure.of_hidden(model, x, val.batch(rows).to(device)).sums()
+            kd += float(sums.held)
+            positions += int(sums.count)
+    return kd / max(positions, 1)
+
+
+def _layers(model: PreTrainedModel, block: int) -> dict[str, LutLinear]:
+    prefix = block_prefix(model, block)
+    return {name: m for name, m in quantized_layers(model).items() if name.startswith(prefix)}
+
+
+def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row]) -> None:
+    """Write a trained block; the JSON comes last and says that it is whole."""
+    tensors = {
+        f"{name}.{key}": value.cpu().contiguous()
+        for name, layer in _layers(model, block).items()
+        for key, value in layer.state_dict().items()
+    }
+    with atomic_file(folder / f"{block:03d}.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / f"{block:03d}.json", {"rows": rows})
+
+
+def _take(model: PreTrainedModel, block: int, folder: Path) -> list[Row] | None:
+    """Put a trained block back into the model and return its rows; None if it is not done."""
+    if not (folder / f"{block:03d}.json").is_file():
+        return None
+    tensors = load_file(folder / f"{block:03d}.safetensors")
+    for name, layer in _layers(model, block).items():
+        inside = {key: tensors[f"{name}.{key}"] for key in layer.state_dict()}
+        layer.load_state_dict(inside)
+    rows: list[Row] = read_json(folder / f"{block:03d}.json")["rows"]
+    return rows
+
+
+def _start(method: BlockMethod, folder: Path) -> float:
+    """Held-out KD before anything trained; a resumed run knows it from its first start."""
+    path = folder / "start.json"
+    if not path.is_file():
+        write_json(path, {"initial_kd": method.held_out_kd()})
+    return float(read_json(path)["initial_kd"])
+
+
+def _train_one(
+    method: BlockMethod, block: int, scratch: Path, overall: Progress, report: Report
+) -> list[Row]:
+    """Train one block; its rows, steps counted over all blocks."""
+    first, before = overall.step, list(overall.rows)
+
+    def rows_of(progress: Progress) -> list[Row]:
+        return [
+            {
+                **row,
+                "step": first + int(row["step"] or 0),
+                "block": block,
+                "epoch": round(method.epochs(int(row["step"] or 0)), 4),
+            }
+            for row in progress.rows
+        ]
+
+    def follow(progress: Progress) -> None:
+        overall.step = first + progress.step
+        overall.rows = before + rows_of(progress)
+        report(overall)
+
+    trainer = method.trainer(block, scratch)
+    try:
+        progress = trainer.run(follow).progress
+    except NonFiniteError as error:
+        raise NonFiniteError(f"block {block}: {error}") from None
+    name = trainer.loss.name
+    print(
+        f"block {block}: {method.epochs(progress.step):g} epochs, held-out {name} loss "
+        f"{progress.initial_loss:.4g} -> {progress.best_loss:.4g}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return rows_of(progress)
+
+
+def train_by_block(method: BlockMethod, scratch: Path, report: Report) -> Progress:
+    """Train the method's blocks in order, in place.
+
+    Returns:
+        the record of all of them; ``initial_loss`` and ``best_loss`` are the whole model's KD
+        before and after.
+
+    Raises:
+        NonFiniteError: names block, step and layer. Blocks that were done stay done.
+    """
+    folder = scratch / "blocks"
+    folder.mkdir(parents=True, exist_ok=True)
+    initial = _start(method, folder)
+    overall = Progress(initial_loss=initial, best_loss=initial, last_loss=initial)
+    overall.rows.append({"step": 0, "val_kd_loss": overall.initial_loss})
+    for block in method.numbers():
+        rows = _take(method.model, block, folder)
+        if rows is None:
+            inside = scratch / f"block-{block:03d}"
+            rows = _train_one(method, block, inside, overall, report)
+            overall.rows = [row for row in overall.rows if row.get("block") != block]
+            _keep(method.model, block, folder, rows)
+            shutil.rmtree(inside, ignore_errors=True)
+        overall.rows += rows
+        overall.step = max(int(row["step"] or 0) for row in overall.rows)
+    overall.last_loss = overall.best_loss = method.held_out_kd()
+    overall.best_step = overall.step
+    overall.rows.append({"step": overall.step, "val_kd_loss": overall.best_loss})
+    return overall
