@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
@@ -18,11 +17,10 @@ from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
 from lib.base.workers import is_main, join
 from lib.cache.shards import CacheReader
-from lib.model.calibrate import quantize_calibrated
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
-from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.surgery import has_masters
 from lib.objective.distillation import Objective, make_objective
+from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
@@ -45,15 +43,8 @@ class Start:
 
 
 def start_from_teacher(folder: Path, cache: Path, spec: ModelSpec) -> Start:
-    """The teacher, quantized and untrained; refits are weighted by activations on the first
-    ``spec.calibration_sequences`` training sequences."""
-    model = load_causal_lm(folder)
-    mark = folder_fingerprint(folder)
-
-    def sequences(count: int) -> tuple[Tensor, Tensor]:
-        return CacheReader(cache / "train", {"teacher": mark}).sequences(count)
-
-    quantize_calibrated(model, spec, sequences)
+    """The teacher, quantized and untrained (:func:`lib.objective.start.quantized_teacher`)."""
+    model, mark = quantized_teacher(folder, cache, spec)
     return Start(model, mark, mark)
 
 
