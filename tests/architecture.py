@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "lib.model": 2,
     "lib.objective": 3,
     "lib.capture": 4,
+    "lib.sensitivity": 4,
     "lib.train": 4,
     "lib.convert": 4,
     "lib.snap": 4,

@@ -30,6 +30,7 @@ ARGUMENTS = {
     "teacher": "data/teacher",
     "tokens": "data/teacher data/tokens",
     "cache": "data/teacher data/tokens data/cache",
+    "sensitivity": "data/teacher data/cache runs/sensitivity",
     "scales": "data/teacher data/cache runs/scales",
     "weights": "runs/scales/model data/cache runs/weights",
     "convert": "runs/scales/model data/cache runs/convert",

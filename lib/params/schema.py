@@ -11,6 +11,7 @@ from lib.params.base import Count, Section, Seed
 from lib.params.data import Cache, Run, Teacher, Tokens
 from lib.params.export import Export
 from lib.params.methods import Blockwise, Layerwise
+from lib.params.sensitivity import Sensitivity
 from lib.params.training import (
     Convert,
     Distill,
@@ -67,6 +68,7 @@ class Params(Section):
     cache: Cache
     quant: Quant
     distill: Distill
+    sensitivity: Sensitivity
     layerwise: Layerwise
     blockwise: Blockwise
     scales: Scales

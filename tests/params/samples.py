@@ -11,6 +11,7 @@ SMALLEST: dict[str, Any] = {
     "cache": {},
     "quant": {},
     "distill": {},
+    "sensitivity": {},
     "layerwise": {},
     "blockwise": {},
     "scales": {},

@@ -27,10 +27,11 @@ def following(names: set[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("section", "key", "value", "stages"),
     [
-        ("quant", "lut_size", "4", set(TRAINED)),
+        ("quant", "lut_size", "4", {"sensitivity", *TRAINED}),
         ("teacher", "seed", "1", set(STAGES)),
         ("tokens", "seed", "1", set(STAGES) - {"teacher"}),
         ("cache", "negatives", "8", set(STAGES) - {"teacher", "tokens"}),
+        ("sensitivity", "batches", "2", following({"sensitivity"})),
         ("weights", "steps", "9", set(TRAINED) - {"scales"}),
         ("convert", "rank", "8", set(TRAINED) - {"scales", "weights", "finetune"}),
         ("evaluate", "new_tokens", "4", {"evaluate"}),

@@ -1,0 +1,83 @@
+"""The stage from folder to folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lib.base.device import resolve_device, set_threads
+from lib.cache.shards import CacheReader
+from lib.model.load import load_causal_lm
+from lib.model.surgery import quantized_layers
+from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.start import quantized_teacher
+from lib.params.data import Run
+from lib.params.sensitivity import Sensitivity
+from lib.params.training import Distill
+from lib.quant.spec import ModelSpec
+from lib.sensitivity.fisher import drawn_rows, fisher_scores
+from lib.sensitivity.given import block_names, given_scores
+from lib.sensitivity.perturbation import perturbation_scores
+from lib.sensitivity.report import write_report
+
+
+def sensitivity_stage(
+    teacher: Path,
+    cache: Path,
+    out: Path,
+    *,
+    params: Sensitivity,
+    spec: ModelSpec,
+    distill: Distill,
+    run: Run,
+) -> dict[str, float]:
+    """Score the teacher's layers; write scores.json, scores.svg and metrics.json into ``out``.
+
+    An interrupted run keeps nothing and starts again.
+
+    Returns:
+        ``{layer name: score}``; by decoder block where a given file has no more.
+
+    Raises:
+        MismatchError: the cache, or the given file, is another teacher's.
+        NonFiniteError: a loss or gradient is not finite; the layer is named.
+        InputError: the given file is missing or unusable.
+    """
+    set_threads(run.threads)
+    if params.method == "file":
+        assert params.file is not None  # the schema sees to it
+        model = load_causal_lm(teacher)
+        scores = given_scores(Path(params.file), model)
+    else:
+        model, mark = quantized_teacher(teacher, cache, spec)
+        scores = _measured(model, mark, teacher, cache, params, distill, run)
+    write_report(scores, len(block_names(model)), params.method, out)
+    return scores
+
+
+def _measured(
+    quantized: PreTrainedModel,
+    mark: str,
+    teacher: Path,
+    cache: Path,
+    params: Sensitivity,
+    distill: Distill,
+    run: Run,
+) -> dict[str, float]:
+    """Scores by the method `fisher` or `perturbation`; ``mark`` is the teacher's fingerprint."""
+    device = resolve_device(run.device)
+    expect = {"teacher": mark, "vocab_size": quantized.config.vocab_size}
+    reader = CacheReader(cache / ("train" if params.method == "fisher" else "val"), expect)
+    objective = make_objective(reader, temperature=distill.temperature, target=distill.target)
+    quantized.to(device)  # type: ignore[arg-type]
+    if params.method == "fisher":
+        rows = drawn_rows(len(reader), params.batches, params.batch_size, params.seed)
+        return fisher_scores(quantized, objective, reader, rows, params.beta, device)
+
+    def measure(model: PreTrainedModel) -> float:
+        return held_out_kd(model, objective, reader, params.sequences, device)
+
+    model = load_causal_lm(teacher)
+    model.to(device)  # type: ignore[arg-type]
+    return perturbation_scores(model, quantized_layers(quantized), measure)
