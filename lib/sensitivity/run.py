@@ -10,7 +10,8 @@ from lib.base.device import resolve_device, set_threads
 from lib.cache.shards import CacheReader
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.sensitivity import Sensitivity
@@ -76,7 +77,7 @@ def _measured(
         return fisher_scores(quantized, objective, reader, rows, params.beta, device)
 
     def measure(model: PreTrainedModel) -> float:
-        return held_out_kd(model, objective, reader, params.sequences, device)
+        return held_out_loss(model, objective, reader, params.sequences, device)
 
     model = load_causal_lm(teacher)
     model.to(device)  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from lib.base.errors import NonFiniteError
 from lib.model.linear import LutLinear
 from lib.model.surgery import projections, quantized_layers, replace_module
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.sensitivity.perturbation import perturbation_scores
 from tests.tiny_models import CPU, linear_spec, quantized, readers, same, state_of, tiny_model
 
@@ -26,7 +27,7 @@ def measure(cache: Path) -> Measure:
     """The held-out KD loss on eight sequences."""
     _, val = readers(cache)
     objective = make_objective(val, temperature=2.0, target="candidates")
-    return lambda model: held_out_kd(model, objective, val, 8, CPU)
+    return lambda model: held_out_loss(model, objective, val, 8, CPU)
 
 
 def coarse(model: PreTrainedModel, name: str) -> LutLinear:

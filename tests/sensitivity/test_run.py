@@ -13,7 +13,8 @@ from lib.base.errors import InputError, MismatchError
 from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.scores import block_scores, read_scores
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import held_out_kd, make_objective
+from lib.objective.distillation import make_objective
+from lib.objective.loss import held_out_loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.sensitivity import Sensitivity
@@ -79,7 +80,7 @@ def test_perturbation_scores_on_held_out_text(place: Path, tmp_path: Path) -> No
     wanted = perturbation_scores(
         load_causal_lm(place / "teacher"),
         quantized_layers(quantized),
-        lambda model: held_out_kd(model, objective, val, 6, CPU),
+        lambda model: held_out_loss(model, objective, val, 6, CPU),
     )
     assert scores == wanted and min(scores.values()) > 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())["sensitivity"]
