@@ -176,13 +176,13 @@ def deployed_shapes(model: PreTrainedModel, tokens: int) -> dict[str, tuple[int,
     """(channels, height, width) of the largest tensors by module, in the deployed layout, when a
     call takes ``tokens`` tokens and the cache has as many slots.
 
-    Ranks of a factored layer stand on the height axis; scores of the query heads that share keys
-    stand below each other.
+    Ranks (or groups) of a factored layer stand on the height axis; scores of the query heads that
+    share keys stand below each other.
     """
     shapes = {}
     for name, layer in projections(model).items():
         rows, columns = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-        rank = layer.scale.a.shape[1] if isinstance(layer, LutLinear) else 1
+        rank = layer.spec.rank_of(columns) if isinstance(layer, LutLinear) else 1
         shapes[name] = (max(rows, columns), rank, tokens)
     config = model.config
     heads = config.num_attention_heads

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import atomic_folder, fingerprint, read_json, sha256_file, write_json
-from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, Scale
+from lib.model.linear import DirectionalScale, GroupScale, LowRankScale, LutLinear, Scale
 from lib.model.surgery import quantized_layers, replace_module
 from lib.quant.pack import pack_indices, unpack_indices
+from lib.quant.scales import group_members
 from lib.quant.spec import LinearSpec, ScaleForm
 
 FORMAT = "lutqat-checkpoint"
@@ -182,12 +183,17 @@ def _build_layer(
     def take(key: str, *wanted: int) -> Tensor:
         return _take(tensors, f"{name}.{key}", wanted)
 
-    a, b = take("scale.a", out_features, spec.rank), take("scale.b", spec.rank, in_features)
-    scale: Scale = (
-        LowRankScale(a, b)
-        if spec.scale is ScaleForm.LOWRANK
-        else DirectionalScale(a, b, take("scale.g", spec.rank), normalized=snapped)
-    )
+    def take_scale() -> Scale:
+        rank = spec.rank_of(in_features)
+        if spec.scale is ScaleForm.GROUP:
+            members = group_members(in_features, spec.group_size)
+            return GroupScale(take("scale.s", out_features, rank), members)
+        a, b = take("scale.a", out_features, rank), take("scale.b", rank, in_features)
+        if spec.scale is ScaleForm.LOWRANK:
+            return LowRankScale(a, b)
+        return DirectionalScale(a, b, take("scale.g", rank), normalized=snapped)
+
+    scale = take_scale()
     packed = tensors.pop(f"{name}.{_PACKED}", None)
     if packed is None:
         raise CorruptError(f"{name}.{_PACKED} is missing from {WEIGHTS}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.base.errors import InputError, MismatchError
-from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, Scale
+from lib.model.linear import DirectionalScale, LowRankScale, LutLinear
 from lib.quant.codebook import assign, safe_ratio
 from lib.quant.scales import to_directional
 from lib.quant.spec import Codebook, LinearSpec
@@ -118,7 +118,8 @@ def _codebook(lut: Tensor) -> Codebook:
     return Codebook.UNIFORM if (lut - even).abs().max() <= 2**-11 else Codebook.KMEANS
 
 
-_Read = tuple[Scale, Tensor, Tensor, Tensor]  # scale, LUT, indices, master weight
+# scale, LUT, indices, master weight
+_Read = tuple[LowRankScale | DirectionalScale, Tensor, Tensor, Tensor]
 
 
 def _read_v1(layer: ForeignLayer, weight: Tensor, lut: Tensor, config: dict[str, Any]) -> _Read:

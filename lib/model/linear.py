@@ -3,7 +3,7 @@
     y = x @ W_q.T + bias,   W_q = LUT[idx] * S,   S = A @ B
 
 Shapes: weight (fp32 master) ``[out, in]``, indices uint8 ``[out, in]``, lut ``[n]``,
-A ``[out, r]``, B ``[r, in]``, g ``[r]``.
+A ``[out, r]``, B ``[r, in]``, g ``[r]``, s ``[out, groups]``, E ``[groups, in]``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lib.base.errors import MismatchError
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
 from lib.quant.kernels import is_computable
-from lib.quant.refit import fit_codebook, refit_factors
-from lib.quant.scales import initial_scale, to_directional, unit_columns, unit_rows
+from lib.quant.refit import fit_codebook, refit
+from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
 from lib.quant.ste import dequantized_weight, lookup, quantized_linear, round_fp16
 
@@ -51,6 +51,10 @@ class LowRankScale(nn.Module):
         """(A ``[out, r]``, B ``[r, in]``), FP16-rounded on request."""
         return (round_fp16(self.a), round_fp16(self.b)) if ste_fp16 else (self.a, self.b)
 
+    def multiply(self, factor: float) -> None:
+        """S * factor, in place."""
+        self.a.mul_(factor)
+
 
 class DirectionalScale(nn.Module):
     """S = (A_dir * g) @ B_dir with unit columns and rows, normalized in every forward pass."""
@@ -80,12 +84,53 @@ class DirectionalScale(nn.Module):
         a, b, g = self.directions(ste_fp16)
         return a * g, b
 
+    def multiply(self, factor: float) -> None:
+        """S * factor, in place."""
+        self.g.mul_(factor)
 
-Scale = LowRankScale | DirectionalScale
+
+class GroupScale(nn.Module):
+    """S = s @ E: each scale repeated over its group of inputs (E is :func:`group_members`).
+
+    A scale carries direction and magnitude at once: it trains as a direction, as
+    :class:`LowRankScale` does.
+    """
+
+    form = ScaleForm.GROUP
+    roles: ClassVar = {"s": ParameterRole.SCALE_DIRECTION}
+    members: Tensor
+
+    def __init__(self, s: Tensor, members: Tensor) -> None:
+        super().__init__()
+        self.s = nn.Parameter(s.contiguous())
+        # follows from the sizes: neither stored nor counted
+        self.register_buffer("members", members, persistent=False)
+
+    def factors(self, ste_fp16: bool) -> tuple[Tensor, Tensor]:
+        """(s ``[out, groups]``, E ``[groups, in]``), s FP16-rounded on request."""
+        return (round_fp16(self.s) if ste_fp16 else self.s), self.members
+
+    def multiply(self, factor: float) -> None:
+        """S * factor, in place."""
+        self.s.mul_(factor)
+
+
+Scale = LowRankScale | DirectionalScale | GroupScale
+
+
+def make_scale(form: ScaleForm, a: Tensor, b: Tensor) -> Scale:
+    """S = A @ B in the given form; `group` takes (s, E)."""
+    match form:
+        case ScaleForm.LOWRANK:
+            return LowRankScale(a, b)
+        case ScaleForm.DIRECTIONAL:
+            return DirectionalScale(*to_directional(a, b))
+        case ScaleForm.GROUP:
+            return GroupScale(a, b)
 
 
 class LutLinear(nn.Module):
-    """A linear layer whose weight is LUT indices times low-rank scales.
+    """A linear layer whose weight is LUT indices times scales.
 
     While the weight trains (``weight.requires_grad``), indices are searched anew in every
     forward pass; otherwise the stored ones hold. A layer without master weight
@@ -140,41 +185,15 @@ class LutLinear(nn.Module):
         weight = weight.detach().float().clone()
         lut = make_codebook(spec.codebook, spec.lut_size).to(weight.device)
         used = torch.ones_like(weight[0]) if importance is None else importance.to(weight.device)
-        a, b = initial_scale(
-            weight,
-            group_size=spec.group_size,
-            rank=spec.rank,
-            range_share=spec.range,
-            lut_max=float(lut.abs().max()),
-        )
+        a, b = initial_factors(weight, spec, float(lut.abs().max()))
         if spec.codebook is Codebook.KMEANS:
             lut = fit_codebook(weight, a, b, spec.lut_size, used)
         if spec.refit_steps:
             if importance is None:
                 raise ValueError(f"{name}: refitting needs the importance of its inputs")
-            affine = spec.codebook.is_affine
-            a, b = refit_factors(weight, a, b, lut, used, steps=spec.refit_steps, affine=affine)
-        return cls.from_factors(weight, a, b, lut, spec, bias)
-
-    @classmethod
-    @torch.no_grad()
-    def from_factors(
-        cls,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
-        lut: Tensor,
-        spec: LinearSpec,
-        bias: Tensor | None,
-    ) -> LutLinear:
-        """A layer from given factors; indices are the nearest levels."""
-        scale: Scale = (
-            LowRankScale(a, b)
-            if spec.scale is ScaleForm.LOWRANK
-            else DirectionalScale(*to_directional(a, b))
-        )
+            a, b = refit(weight, a, b, lut, used, spec)
         indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        layer = cls(spec, scale, lut, indices, weight, bias)
+        layer = cls(spec, make_scale(spec.scale, a, b), lut, indices, weight, bias)
         layer.refresh_indices()
         return layer
 
@@ -182,7 +201,7 @@ class LutLinear(nn.Module):
         spec = self.spec
         return (
             f"in={self.in_features}, out={self.out_features}, lut={spec.lut_size}, "
-            f"rank={spec.rank}, scale={spec.scale.value}"
+            f"rank={spec.rank_of(self.in_features)}, scale={spec.scale.value}"
         )
 
     def roles(self) -> dict[str, ParameterRole]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.base.errors import InputError
-from lib.model.linear import DirectionalScale, LutLinear
+from lib.model.linear import LutLinear
 from lib.model.norms import EPS_NAMES, rms_gain
 from lib.model.surgery import projections
 
@@ -96,8 +96,8 @@ def is_tied(model: PreTrainedModel) -> bool:
 def scale_residual(model: PreTrainedModel, alpha: float) -> None:
     """Multiply the residual stream by ``alpha``, in place; the model computes what it did.
 
-    Indices and LUTs are not touched: a quantized layer takes ``alpha`` in its factor A or its
-    magnitudes g, and in its bias.
+    Indices and LUTs are not touched: a quantized layer takes ``alpha`` in its factor A, its
+    magnitudes g or its group scales s, and in its bias.
 
     Args:
         alpha: a power of two.
@@ -122,8 +122,7 @@ def scale_residual(model: PreTrainedModel, alpha: float) -> None:
 def _scale_layer(layer: nn.Module, alpha: float) -> None:
     """Multiply what a projection computes."""
     if isinstance(layer, LutLinear):
-        scale = layer.scale
-        (scale.g if isinstance(scale, DirectionalScale) else scale.a).mul_(alpha)
+        layer.scale.multiply(alpha)
     if isinstance(layer.weight, nn.Parameter):
         layer.weight.mul_(alpha)
     if isinstance(layer.bias, nn.Parameter):

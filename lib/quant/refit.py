@@ -1,11 +1,14 @@
-"""Refit of indices and low-rank scales to a weight, weighted by how much each input is used.
+"""Refit of indices and scales to a weight, weighted by how much each input is used.
 
     minimize  sum_ij h_j (W_ij - LUT[idx_ij] (A B)_ij)^2     over idx, A, B in turn
+
+`group` scales are s = A with the constant B = E, and over idx and s alone.
 
 h_j = E[x_j^2] over calibration text: the expected squared error of the layer's *output*, its
 inputs taken as uncorrelated. Plain weight error (h = 1) is a poor guide, see docs/math.md.
 
-Shapes: W ``[out, in]``, Q = LUT[idx] ``[out, in]``, A ``[out, r]``, B ``[r, in]``, h ``[in]``.
+Shapes: W ``[out, in]``, Q = LUT[idx] ``[out, in]``, A ``[out, r]``, B ``[r, in]``, h ``[in]``,
+s ``[out, groups]``, E ``[groups, in]``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from lib.quant.codebook import fit_kmeans, safe_ratio
 from lib.quant.kernels import level_moments
+from lib.quant.spec import LinearSpec, ScaleForm
 
 DAMPING = 1e-3
 """Pull towards the previous factors, as a share of the Gram matrices' mean diagonal: ranks that
@@ -65,6 +69,46 @@ def refit_factors(
         squares, products = level_moments(weight, a @ b, lut, even, affine=affine)
         b = _solve_rows(squares.T, products.T, a.T, b.T).T.contiguous()
     return balance(a, b)
+
+
+def _solve_groups(squares: Tensor, products: Tensor, members: Tensor, previous: Tensor) -> Tensor:
+    """:func:`_solve_rows` for a basis E of groups, which share no input: each scale by itself,
+    ``sum h W q / sum h q^2`` over its group.
+
+    Args:
+        squares, products: h q^2 and h W q, ``[out, in]``; previous: ``[out, groups]``.
+    """
+    gram = squares @ members.T  # [out, groups]
+    damping = DAMPING * gram.mean(dim=1, keepdim=True) + 1e-12
+    return (products @ members.T + damping * previous) / (gram + damping)
+
+
+def refit_groups(
+    weight: Tensor,
+    s: Tensor,
+    members: Tensor,
+    lut: Tensor,
+    importance: Tensor,
+    *,
+    steps: int,
+    affine: bool,
+) -> Tensor:
+    """Alternate indices and s, ``steps`` times. No half step raises the error."""
+    used = importance / importance.mean().clamp_min(1e-30)
+    for _ in range(steps):
+        moments = level_moments(weight, s @ members, lut, used, affine=affine)
+        s = _solve_groups(*moments, members, s)
+    return s
+
+
+def refit(
+    weight: Tensor, a: Tensor, b: Tensor, lut: Tensor, importance: Tensor, spec: LinearSpec
+) -> tuple[Tensor, Tensor]:
+    """(A, B), or (s, E) of `group` scales, refitted as often as the spec says."""
+    steps, affine = spec.refit_steps, spec.codebook.is_affine
+    if spec.scale is ScaleForm.GROUP:
+        return refit_groups(weight, a, b, lut, importance, steps=steps, affine=affine), b
+    return refit_factors(weight, a, b, lut, importance, steps=steps, affine=affine)
 
 
 def balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

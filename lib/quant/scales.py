@@ -1,13 +1,16 @@
-"""Low-rank scales: initialization from group maxima and the exact change of form.
+"""Scales: initialization from group maxima and the exact change of form.
 
 Shapes: W ``[out, in]``; group maxima M ``[out, groups]``; A ``[out, r]``, B ``[r, in]``,
-g ``[r]``; S = A @ B (``lowrank``) or (A_dir * g) @ B_dir (``directional``).
+g ``[r]``; S = A @ B (``lowrank``) or (A_dir * g) @ B_dir (``directional``) or s @ E (``group``)
+with one scale per group, s ``[out, groups]``, and the constant E ``[groups, in]``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lib.quant.spec import LinearSpec, ScaleForm
 
 MIN_MAXABS = 1e-8  # an all-zero group still gets a scale that can be divided by
 MIN_NORM = 1e-6  # floor of a direction's norm, as in the reference implementation
@@ -35,6 +38,12 @@ def group_maxabs(weight: Tensor, group: int) -> Tensor:
 def expand_groups(groups: Tensor, group: int, in_features: int) -> Tensor:
     """Repeat each group's value over its inputs: ``[out, groups]`` -> ``[out, in]``."""
     return groups.repeat_interleave(group, dim=1)[:, :in_features]
+
+
+def group_members(in_features: int, group: int) -> Tensor:
+    """E ``[groups, in]``: 1 where an input belongs to a group, 0 elsewhere; the last group may be
+    short. ``s @ E`` repeats each group's scale over its inputs, exactly: all other terms are 0."""
+    return expand_groups(torch.eye(-(-in_features // group)), group, in_features)
 
 
 def lowrank_from_groups(
@@ -72,6 +81,21 @@ def initial_scale(
     if rank > min(maxima.shape):  # cannot happen once check_shape passed
         raise ValueError(f"rank {rank} of a [{out_features}, {maxima.shape[1]}] group matrix")
     return lowrank_from_groups(maxima, group, in_features, rank)
+
+
+def initial_factors(weight: Tensor, spec: LinearSpec, lut_max: float) -> tuple[Tensor, Tensor]:
+    """(A ``[out, r]``, B ``[r, in]``) that scales start from; for `group` ones (s, E)."""
+    if spec.scale is ScaleForm.GROUP:
+        maxima = group_maxabs(weight.float(), spec.group_size)
+        members = group_members(weight.shape[1], spec.group_size).to(weight.device)
+        return maxima * (spec.range / lut_max), members
+    return initial_scale(
+        weight,
+        group_size=spec.group_size,
+        rank=spec.rank,
+        range_share=spec.range,
+        lut_max=lut_max,
+    )
 
 
 def to_directional(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ class ScaleForm(StrEnum):
 
     LOWRANK = "lowrank"
     DIRECTIONAL = "directional"
+    GROUP = "group"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class LinearSpec:
 
     Attributes:
         lut_size: number of LUT entries, a power of two from 2 to 256.
-        rank: rank r of S.
-        group_size: inputs per group at initialization (refined where the rank needs more groups).
+        rank: rank r of S; `group` has none of its own (:meth:`rank_of`).
+        group_size: inputs per group: of `group` scales for good, of others at initialization
+            (refined where the rank needs more groups).
         scale: parametrization of S.
         codebook: where the LUT values come from.
         range: share of a group's max|w| that the outermost level stands for.
@@ -60,6 +62,12 @@ class LinearSpec:
         """Bits of one index."""
         return (self.lut_size - 1).bit_length()
 
+    def rank_of(self, in_features: int) -> int:
+        """Rank of S of a layer with so many inputs: of `group` scales the number of groups."""
+        if self.scale is ScaleForm.GROUP:
+            return -(-in_features // self.group_size)
+        return self.rank
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's config."""
         return asdict(self)
@@ -76,12 +84,12 @@ class LinearSpec:
         )
 
     def check_shape(self, out_features: int, in_features: int, name: str) -> None:
-        """Refuse a rank that the layer cannot have.
+        """Refuse a rank that the layer cannot have; any number of groups will do.
 
         Raises:
             ParamsError: rank above min(out, in); the layer is named.
         """
-        if self.rank > min(out_features, in_features):
+        if self.scale is not ScaleForm.GROUP and self.rank > min(out_features, in_features):
             raise ParamsError(
                 f"rank {self.rank} is above what {name} [{out_features}, {in_features}] allows; "
                 f"use at most {min(out_features, in_features)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import GateError, InputError
-from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, Scale
+from lib.model.linear import DirectionalScale, GroupScale, LowRankScale, LutLinear, Scale
 from lib.model.surgery import bake, quantized_layers, replace_module
 
 
@@ -40,6 +40,8 @@ def _snapped_scale(layer: LutLinear, name: str) -> Scale:
     scale = layer.scale
     if isinstance(scale, LowRankScale):
         return LowRankScale(_half(scale.a, f"{name}.scale.a"), _half(scale.b, f"{name}.scale.b"))
+    if isinstance(scale, GroupScale):
+        return GroupScale(_half(scale.s, f"{name}.scale.s"), scale.members)
     a, b, g = scale.directions(ste_fp16=True)
     parts = (_half(a, f"{name}.scale.a"), _half(b, f"{name}.scale.b"), _half(g, f"{name}.scale.g"))
     return DirectionalScale(*parts, normalized=True)

@@ -16,6 +16,7 @@ from lib.ane.products import Mode
 from lib.ane.spec import CheckSpec
 from lib.base.errors import InputError, MismatchError
 from lib.model.surgery import quantized_layers
+from lib.quant.spec import ScaleForm
 from tests.ane.tiny import check_spec, snapped_model, token_sequences
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -29,9 +30,10 @@ def _wide(result: CheckResult, form: str = "baked") -> FormResult:
     return result.forms[form][Mode.WIDE]
 
 
+@pytest.mark.parametrize("form", ScaleForm)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_sound_model_passes(kind: str) -> None:
-    result = _check(snapped_model(kind))
+def test_a_sound_model_passes(kind: str, form: ScaleForm) -> None:
+    result = _check(snapped_model(kind, scale=form))
     assert result.passed, result.failures
     assert list(result.forms) == ["factored", "baked"]
     assert result.tokens == 24 + 23

@@ -13,6 +13,7 @@ from lib.ane.emulate import Fp16Emulation
 from lib.ane.graph import Fact, GraphLog, Status, deployed_shapes, graph_facts
 from lib.ane.judge import Kind
 from lib.quant.fp16 import MASK_VALUE
+from lib.quant.spec import ScaleForm
 from tests.ane.tiny import check_spec, snapped_model, token_sequences
 
 NAMES = [
@@ -102,6 +103,8 @@ def test_sizes_of_the_deployed_layout() -> None:
     model = snapped_model()
     shapes = deployed_shapes(model, 24)
     assert shapes["model.layers.0.mlp.down_proj"] == (160, 4, 24)  # rank 4 on the height
+    groups = deployed_shapes(snapped_model(scale=ScaleForm.GROUP, group_size=24), 24)
+    assert groups["model.layers.0.mlp.down_proj"] == (160, 7, 24)  # as 7 groups are
     assert shapes["attention scores"] == (2, 48, 24)  # 4 heads share 2 keys
     assert shapes["head"] == (288, 1, 24)
 

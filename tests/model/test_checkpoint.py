@@ -35,15 +35,23 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
     st.sampled_from(list(ScaleForm)),
     st.sampled_from(list(Codebook)),
     st.sampled_from([2, 4, 8, 16, 32, 64, 128, 256]),
+    st.sampled_from([16, 20, 100]),
     st.booleans(),
 )
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_round_trip(
-    tmp_path: Path, family: str, scale: ScaleForm, codebook: Codebook, size: int, ste: bool
+    tmp_path: Path,
+    family: str,
+    scale: ScaleForm,
+    codebook: Codebook,
+    size: int,
+    group: int,
+    ste: bool,
 ) -> None:
-    model = quantized(family, scale=scale, codebook=codebook, lut_size=size, ste_fp16=ste)
+    options = {"scale": scale, "codebook": codebook, "lut_size": size, "group_size": group}
+    model = quantized(family, ste_fp16=ste, **options)
     loaded, info = load_checkpoint(save(model, tmp_path / "m"))
     assert info == {"stage": "x"}
     assert same(state_of(model), state_of(loaded))
@@ -54,9 +62,12 @@ def test_round_trip(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("form", list(ScaleForm))
 @pytest.mark.parametrize("baked", [False, True])
-def test_snapped_and_baked_round_trip(tmp_path: Path, family: str, baked: bool) -> None:
-    model = quantized(family)
+def test_snapped_and_baked_round_trip(
+    tmp_path: Path, family: str, form: ScaleForm, baked: bool
+) -> None:
+    model = quantized(family, scale=form)
     snap_model(model, baked=baked)
     folder = save(model, tmp_path / "m", half=True)
     loaded, _ = load_checkpoint(folder)
@@ -178,6 +189,15 @@ def test_wrong_tensors_are_refused_by_name(
     with pytest.raises(kind, match=message) as caught:
         load_checkpoint(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_scales_of_other_groups_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save(quantized(scale=ScaleForm.GROUP, group_size=20), tmp_path / "m")
+    edit(folder, config=lambda c: c["layers"][LAYER].update(group_size=16, rank=9))
+    load_checkpoint(folder)  # two groups of 32 inputs either way; a rank of its own it has not
+    edit(folder, config=lambda c: c["layers"][LAYER].update(group_size=10))
+    with pytest.raises(CorruptError, match=rf"{LAYER}\.scale\.s .*\[32, 2\], .*needs \[32, 4\]"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

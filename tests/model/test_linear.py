@@ -12,13 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.base.errors import MismatchError, ParamsError
-from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, ParameterRole
+from lib.model.linear import (
+    DirectionalScale,
+    GroupScale,
+    LowRankScale,
+    LutLinear,
+    ParameterRole,
+)
 from lib.quant.codebook import distinct_fp16, project_learned
 from lib.quant.refit import weighted_error
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
 from tests.tiny_models import linear_spec
 
 OUT, IN = 24, 48
+# 48 inputs in groups of 16; with a short last group; in one that is larger
+KINDS: list[dict[str, Any]] = [
+    *({"scale": form} for form in ScaleForm),
+    *({"scale": ScaleForm.GROUP, "group_size": size} for size in (20, 100)),
+]
 FORMS = [(form, codebook) for form in ScaleForm for codebook in Codebook]
 
 
@@ -34,18 +45,20 @@ def make(bias: bool = False, seed: int = 0, **changes: Any) -> LutLinear:
 
 
 def slow_weight(layer: LutLinear) -> Tensor:
-    """LUT[idx] * (A @ B) with whatever the spec asks for, in plain PyTorch."""
+    """LUT[idx] * S with whatever the spec asks for, in plain PyTorch."""
     scale, lut = layer.scale, layer.lut
 
     def rounded(x: Tensor) -> Tensor:  # straight through
         return x + (x.detach().half().float() - x.detach()) if layer.spec.ste_fp16 else x
 
     if isinstance(scale, LowRankScale):
-        a, b = rounded(scale.a), rounded(scale.b)
-    else:
+        s = rounded(scale.a) @ rounded(scale.b)
+    elif isinstance(scale, DirectionalScale):
         a = rounded(scale.a / scale.a.norm(dim=0)) * rounded(scale.g)
-        b = rounded(scale.b / scale.b.norm(dim=1, keepdim=True))
-    weight = rounded(lut)[layer.indices.long()] * (a @ b)
+        s = a @ rounded(scale.b / scale.b.norm(dim=1, keepdim=True))
+    else:
+        s = rounded(scale.s).repeat_interleave(layer.spec.group_size, dim=1)[:, :IN]
+    weight = rounded(lut)[layer.indices.long()] * s
     if layer.weight is not None and layer.weight.requires_grad:
         weight = weight + (layer.weight - layer.weight.detach())
     return weight
@@ -76,10 +89,10 @@ def test_materialized_forward_is_the_rank_by_rank_forward() -> None:
 
 @pytest.mark.parametrize("ste_fp16", [True, False])
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("form", list(ScaleForm))
-def test_gradients_of_every_parameter(form: ScaleForm, together: bool, ste_fp16: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gradients_of_every_parameter(kind: dict[str, Any], together: bool, ste_fp16: bool) -> None:
     """Scales, LUT and weight against autograd; also when all of them train together."""
-    layer = make(scale=form, codebook=Codebook.LEARNED, ste_fp16=ste_fp16)
+    layer = make(**kind, codebook=Codebook.LEARNED, ste_fp16=ste_fp16)
     names = [n for n in layer.roles() if together or n != "weight"]
     for name in names:
         layer.get_parameter(name).requires_grad_(True)
@@ -90,6 +103,16 @@ def test_gradients_of_every_parameter(form: ScaleForm, together: bool, ste_fp16:
     for name, one, other in zip(names, fast, slow, strict=True):
         assert one.abs().max() > 0, name
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max())), name
+
+
+@pytest.mark.parametrize("size", [16, 20, 100])
+def test_group_scales_are_exact(size: int) -> None:
+    layer = make(scale=ScaleForm.GROUP, group_size=size)
+    assert isinstance(layer.scale, GroupScale)
+    assert layer.scale.s.shape == (OUT, -(-IN // size))
+    assert torch.equal(layer.dequantized(), slow_weight(layer))
+    rival = make(scale=ScaleForm.GROUP, group_size=15)
+    assert not torch.equal(layer.dequantized(), rival.dequantized())
 
 
 def test_bf16_autocast_does_not_touch_the_fp16_rounding() -> None:
@@ -134,8 +157,12 @@ def moved_scales(layer: LutLinear, seed: int) -> None:
         for parameter in layer.scale.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
             parameter.mul_(1 + 0.7 * noise)
-        layer.scale.a[3] = 0.0
-        layer.scale.b[-1] = 0.0
+        if isinstance(layer.scale, GroupScale):
+            layer.scale.s[3] = 0.0
+            layer.scale.s[:, -1] = 0.0
+        else:
+            layer.scale.a[3] = 0.0
+            layer.scale.b[-1] = 0.0
 
 
 @given(
@@ -149,7 +176,14 @@ def test_rebase_keeps_every_index_and_moves_little(
     kind: tuple[ScaleForm, Codebook], size: int, ste_fp16: bool, seed: int
 ) -> None:
     form, codebook = kind
-    layer = make(scale=form, codebook=codebook, lut_size=size, ste_fp16=ste_fp16, seed=seed)
+    layer = make(
+        scale=form,
+        codebook=codebook,
+        lut_size=size,
+        ste_fp16=ste_fp16,
+        seed=seed,
+        group_size=4,  # so many that some turn negative
+    )
     moved_scales(layer, seed)
     assert layer.weight is not None
     before, indices = layer.weight.clone(), layer.indices.clone()
@@ -227,14 +261,21 @@ def test_roles() -> None:
         "weight": ParameterRole.WEIGHT,
         "bias": ParameterRole.FROZEN,
     }
-    lowrank = make(scale=ScaleForm.LOWRANK)
-    assert ParameterRole.SCALE_MAGNITUDE not in lowrank.roles().values()
-    assert set(lowrank.roles()) == {name for name, _ in lowrank.named_parameters()}
+    for form in (ScaleForm.LOWRANK, ScaleForm.GROUP):
+        layer = make(scale=form)
+        assert ParameterRole.SCALE_DIRECTION in layer.roles().values()
+        assert ParameterRole.SCALE_MAGNITUDE not in layer.roles().values()
+        assert set(layer.roles()) == {name for name, _ in layer.named_parameters()}
+        assert set(layer.state_dict()) == {*layer.roles(), "indices"}  # the constant E is not kept
 
 
-def test_both_forms_start_from_the_same_scale() -> None:
-    layers = [make(scale=form, ste_fp16=False) for form in ScaleForm]
-    assert torch.allclose(layers[0].dequantized(), layers[1].dequantized(), atol=1e-5)
+@pytest.mark.parametrize("form", ScaleForm)
+def test_every_form_starts_from_the_same_scale(form: ScaleForm) -> None:
+    """With a rank for each of the three groups the SVD leaves nothing out."""
+    layer, group = (make(scale=f, ste_fp16=False, rank=3) for f in (form, ScaleForm.GROUP))
+    a, b = layer.factors()
+    assert torch.allclose(a @ b, torch.matmul(*group.factors()), rtol=1e-5)
+    assert weighted_error(group.dequantized(), layer.dequantized(), torch.ones(IN)) < 1e-4
 
 
 def test_a_rank_that_does_not_fit_is_refused() -> None:
@@ -242,13 +283,14 @@ def test_a_rank_that_does_not_fit_is_refused() -> None:
         make(rank=25)
 
 
-def test_refits_need_and_use_importance() -> None:
-    spec: LinearSpec = linear_spec(lut_size=4, refit_steps=3)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_refits_need_and_use_importance(kind: dict[str, Any]) -> None:
+    spec: LinearSpec = linear_spec(lut_size=4, refit_steps=3, **kind)
     weight, used = randn(OUT, IN), randn(IN, seed=3).pow(4)
     with pytest.raises(ValueError, match="importance"):
         LutLinear.from_weight(weight, None, spec, "up_proj")
     refitted = LutLinear.from_weight(weight, None, spec, "up_proj", used)
-    plain = make(lut_size=4)
+    plain = make(lut_size=4, **kind)
     assert weighted_error(weight, refitted.dequantized(), used) < 0.8 * weighted_error(
         weight, plain.dequantized(), used
     )

@@ -20,14 +20,19 @@ def _spec(lut_size: int, rank: int, form: ScaleForm) -> LinearSpec:
 
 
 @pytest.mark.parametrize(
-    ("form", "magnitudes"), [(ScaleForm.LOWRANK, 0), (ScaleForm.DIRECTIONAL, 3)]
+    ("form", "scales"),
+    [
+        (ScaleForm.LOWRANK, 3 * (32 + 24)),
+        (ScaleForm.DIRECTIONAL, 3 * (32 + 24) + 3),
+        (ScaleForm.GROUP, 4 * 24),  # 32 inputs in groups of 8
+    ],
 )
 @pytest.mark.parametrize(("lut_size", "bits"), [(2, 1), (4, 2), (16, 4), (256, 8)])
-def test_one_layer(form: ScaleForm, magnitudes: int, lut_size: int, bits: int) -> None:
+def test_one_layer(form: ScaleForm, scales: int, lut_size: int, bits: int) -> None:
     model = nn.ModuleDict({"up_proj": nn.Linear(32, 24), "other": nn.Linear(5, 3, bias=False)})
     quantize_model(model, ModelSpec(mlp=_spec(lut_size, 3, form), attention=None))
     size = model_size(model)
-    layer = 32 * 24 * bits + 16 * (3 * (32 + 24) + magnitudes + lut_size + 24)
+    layer = 32 * 24 * bits + 16 * (scales + lut_size + 24)
     assert size.layer_bits == layer
     assert size.layer_weights == 32 * 24
     assert size.bits == layer + 16 * 15

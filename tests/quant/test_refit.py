@@ -10,16 +10,21 @@ from torch import Tensor
 
 from lib.quant.codebook import assign, make_codebook, safe_ratio
 from lib.quant.refit import (
+    _solve_groups,
     _solve_rows,
     balance,
     fit_codebook,
+    refit,
     refit_factors,
+    refit_groups,
     weighted_error,
 )
-from lib.quant.scales import initial_scale
-from lib.quant.spec import Codebook
+from lib.quant.scales import initial_factors, initial_scale
+from lib.quant.spec import Codebook, ScaleForm
 from lib.quant.ste import lookup
+from tests.tiny_models import linear_spec
 
+GROUPS = [8, 7, 64]  # that divide the 40 inputs, or not, or are one
 OUT, IN, RANK = 24, 40, 4
 
 
@@ -32,6 +37,13 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     used = torch.rand(IN, generator=generator).pow(4) * 10
     a, b = initial_scale(weight, group_size=8, rank=RANK, range_share=1.0, lut_max=1.0)
     return weight, a, b, used
+
+
+def group_problem(group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W, s, E, h."""
+    weight, _, _, used = problem(seed)
+    spec = linear_spec(scale=ScaleForm.GROUP, group_size=group)
+    return weight, *initial_factors(weight, spec, 1.0), used
 
 
 def quantized(weight: Tensor, a: Tensor, b: Tensor, lut: Tensor) -> Tensor:
@@ -89,6 +101,50 @@ def test_no_half_step_raises_the_error(size: int, seed: int) -> None:
     assert errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_solve_groups_is_solve_rows_of_their_members(group: int) -> None:
+    weight, s, members, used = group_problem(group)
+    levels = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    moments = levels**2 * used, weight * levels * used
+    found = _solve_groups(*moments, members, s)
+    assert torch.allclose(found, _solve_rows(*moments, members, s), rtol=1e-4, atol=1e-5)
+    part = levels[3, :group], weight[3, :group], used[:group]
+    undamped = (part[2] * part[1] * part[0]).sum() / (part[2] * part[0] ** 2).sum()
+    assert found[3, 0] == pytest.approx(float(undamped), abs=0.05)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_half_step_of_a_group_refit_raises_the_error(size: int, group: int) -> None:
+    weight, s, members, used = group_problem(group, seed=size)
+    lut = make_codebook(Codebook.UNIFORM, size)
+    errors = [slow_error(weight, quantized(weight, s, members, lut), used)]
+    for _ in range(4):
+        levels = lookup(lut, assign(safe_ratio(weight, s @ members), lut, affine=True))
+        after = refit_groups(weight, s, members, lut, used, steps=1, affine=True)
+        s = _solve_groups(levels**2 * used, weight * levels * used, members, s)
+        assert torch.allclose(after, s, rtol=1e-4, atol=1e-6)
+        errors.append(slow_error(weight, levels * (s @ members), used))
+        errors.append(slow_error(weight, quantized(weight, s, members, lut), used))
+    assert all(later <= earlier * (1 + 1e-4) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("form", ScaleForm)
+def test_refit_is_that_of_the_form(form: ScaleForm) -> None:
+    weight, _, _, used = problem()
+    spec = linear_spec(scale=form, group_size=8, lut_size=4, refit_steps=3)
+    lut = make_codebook(spec.codebook, 4)
+    a, b = initial_factors(weight, spec, 1.0)
+    before = weighted_error(weight, quantized(weight, a, b, lut), used)
+    found = []
+    for importance in (used, torch.ones(IN)):
+        after = refit(weight, a, b, lut, importance, spec)
+        assert torch.equal(after[1], b) is (form is ScaleForm.GROUP)
+        found.append(weighted_error(weight, quantized(weight, *after, lut), used))
+    assert found[0] < found[1] < before
+
+
 def test_refit_factors_lowers_the_weighted_error_more_than_an_unweighted_refit() -> None:
     weight, a, b, used = problem()
     lut = make_codebook(Codebook.UNIFORM, 4)
@@ -109,6 +165,9 @@ def test_refit_of_extreme_weights_stays_finite(codebook: Codebook) -> None:
         used[0] = 1.0  # all the others are never used
         a, b = refit_factors(weight, a, b, lut, used, steps=2, affine=codebook.is_affine)
         assert a.isfinite().all() and b.isfinite().all()
+        spec = linear_spec(scale=ScaleForm.GROUP, group_size=8, codebook=codebook, refit_steps=2)
+        s, _ = refit(weight, *initial_factors(weight, spec, 1.0), lut, used, spec)
+        assert s.isfinite().all()
 
 
 def test_balance_keeps_the_product() -> None:

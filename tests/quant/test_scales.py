@@ -11,6 +11,8 @@ from lib.quant.scales import (
     MIN_MAXABS,
     expand_groups,
     group_maxabs,
+    group_members,
+    initial_factors,
     initial_scale,
     lowrank_from_groups,
     refine_group,
@@ -18,6 +20,8 @@ from lib.quant.scales import (
     unit_columns,
     unit_rows,
 )
+from lib.quant.spec import ScaleForm
+from tests.tiny_models import linear_spec
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,6 +57,36 @@ def test_group_maxabs(inputs: int, group: int) -> None:
     expanded = expand_groups(found, group, inputs)
     assert expanded.shape == weight.shape
     assert (expanded >= weight.abs()).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**20))
+def test_members_repeat_each_scale_over_its_group_exactly(
+    inputs: int, group: int, seed: int
+) -> None:
+    members = group_members(inputs, group)
+    s = randn(5, -(-inputs // group), seed=seed)
+    slow = s.repeat_interleave(group, dim=1)[:, :inputs]
+    assert torch.equal(s @ members, slow)
+    assert (members.sum(dim=0) == 1).all()
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(12, 4), (13, 4), (3, 8)])
+def test_group_scales_start_at_a_share_of_the_maxabs(inputs: int, group: int) -> None:
+    weight = randn(6, inputs)
+    weight[2] = 0.0
+    spec = linear_spec(scale=ScaleForm.GROUP, group_size=group, rank=99, range=0.65)
+    s, members = initial_factors(weight, spec, lut_max=7.5)
+    for j in range(inputs):
+        start = j // group * group
+        slow = weight[:, start : start + group].abs().amax(dim=1).clamp_min(MIN_MAXABS)
+        assert torch.allclose((s @ members)[:, j], 0.65 / 7.5 * slow)
+
+
+def test_other_forms_start_from_an_svd() -> None:
+    weight, spec = randn(24, 40), linear_spec(rank=3, group_size=8, range=0.65)
+    wanted = initial_scale(weight, group_size=8, rank=3, range_share=0.65, lut_max=2.0)
+    found = initial_factors(weight, spec, lut_max=2.0)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -46,3 +46,10 @@ def test_a_rank_above_the_layers_is_refused_by_name() -> None:
     spec.check_shape(9, 100, "model.layers.0.mlp.up_proj")
     with pytest.raises(ParamsError, match=r"rank 9 .*layers\.3\.mlp\.up_proj .*at most 8"):
         spec.check_shape(8, 100, "model.layers.3.mlp.up_proj")
+
+
+def test_the_rank_of_group_scales_is_the_number_of_groups() -> None:
+    spec = linear_spec(rank=9, group_size=16, scale=ScaleForm.GROUP)
+    assert [spec.rank_of(inputs) for inputs in (1, 16, 17, 48)] == [1, 1, 2, 3]
+    spec.check_shape(2, 100, "up_proj")  # neither its rank nor its seven groups matter
+    assert linear_spec(rank=9).rank_of(48) == 9

@@ -208,14 +208,19 @@ def test_every_form_and_codebook_trains(
 ) -> None:
     model = quantized("qwen3", scale=form, codebook=codebook, lut_size=4)
     before = state_of(model)
-    rates = BOTH.model_copy(update={"lut": 1e-2 if codebook is Codebook.LEARNED else 0.0})
+    lut = 1e-2 if codebook is Codebook.LEARNED else 0.0
+    rates = BOTH.model_copy(update={"lut": lut, "weight": 3e-3})  # so high that indices move
     result = train(model, cache, tmp_path, config(steps=12, rates=rates))
     assert result.progress.best_loss < result.progress.initial_loss
     after = state_of(model)
     moved = {n for n in after if not torch.equal(before[n], after[n])}
     parts = {n.partition("_proj.")[2] for n in moved if "_proj." in n}
-    expected = {"weight", "scale.a", "scale.b", "indices"}
-    expected |= {"scale.g"} if form is ScaleForm.DIRECTIONAL else set()
+    scales = {
+        ScaleForm.LOWRANK: {"scale.a", "scale.b"},
+        ScaleForm.DIRECTIONAL: {"scale.a", "scale.b", "scale.g"},
+        ScaleForm.GROUP: {"scale.s"},
+    }
+    expected = {"weight", "indices", *scales[form]}
     expected |= {"lut"} if codebook is Codebook.LEARNED else set()
     assert parts == expected  # both scales and weights move when both train
     assert all("_proj." in name for name in moved)

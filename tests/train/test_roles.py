@@ -65,8 +65,14 @@ def test_biases_and_the_rest_never_train() -> None:
     assert selected(model)[1] == {"weight", "scale.a", "scale.b", "scale.g", "lut"}
 
 
-def test_lowrank_has_no_magnitudes() -> None:
-    assert "scale.g" not in selected(quantized(scale=ScaleForm.LOWRANK))[1]
+@pytest.mark.parametrize(
+    ("form", "inside"),
+    [(ScaleForm.LOWRANK, {"scale.a", "scale.b"}), (ScaleForm.GROUP, {"scale.s"})],
+)
+def test_other_forms_have_no_magnitudes(form: ScaleForm, inside: set[str]) -> None:
+    model = quantized(scale=form)
+    assert selected(model)[1] == {"weight", *inside}
+    assert selected(model, rates=Rates(scale_direction=1e-3)) == (ALL, inside)
 
 
 def in_block(block: int, parts: set[str]) -> set[str]:
