@@ -36,10 +36,12 @@ def convert_checkpoint(
         typer.Option("--keep-form", help="Leave low-rank scales (V1) of a .pt file as they are."),
     ] = False,
 ) -> None:
-    """Turn low-rank scales (V1) into directional ones (V2), or read a reference checkpoint.
+    """Turn low-rank scales (V1) or group scales into directional ones (V2), or read a reference
+    checkpoint.
 
-    The change of form is exact: A and B become unit directions and magnitudes |A_k| |B_k|, and
-    indices, LUTs and master weights stay. (Levels and ranks are changed by the stage `convert`.)
+    The change of form is exact: A and B become unit directions and magnitudes |A_k| |B_k| (of
+    group scales there is one rank per group), and indices, LUTs and master weights stay. (Levels
+    and ranks are changed by the stage `convert`.)
 
     Example: lutqat convert-checkpoint runs/finetune/model directional
 
@@ -108,7 +110,8 @@ def _make_directional(model: PreTrainedModel) -> float:
     for name, layer in quantized_layers(model).items():
         if layer.spec.scale is ScaleForm.DIRECTIONAL:
             continue
-        target = replace(layer.spec, scale=ScaleForm.DIRECTIONAL)
+        rank = layer.spec.rank_of(layer.in_features)
+        target = replace(layer.spec, scale=ScaleForm.DIRECTIONAL, rank=rank)
         changed = keep_levels(layer, target, seed=0)  # no rank is added, so nothing is drawn
         before, after = layer.dequantized(), changed.dequantized()
         size = before.abs().max().clamp_min(1e-30)

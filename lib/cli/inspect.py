@@ -63,7 +63,7 @@ def _layer_table(layers: dict[str, LutLinear]) -> Table:
             name,
             f"{layer.out_features} x {layer.in_features}",
             str(layer.spec.bits),
-            str(layer.spec.rank),
+            str(layer.spec.rank_of(layer.in_features)),
             layer.spec.scale.value + (" (snapped)" if layer.weight is None else ""),
             _levels(layer.levels()),
             _span(a @ b),

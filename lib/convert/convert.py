@@ -1,9 +1,10 @@
 """From one quantization to one with fewer levels and a higher rank (Q4 -> Q2).
 
 A layer that already has as few levels as asked keeps its indices, LUT and S; only the form of S
-changes and its rank grows by ranks of magnitude zero. Any other is quantized anew: its weight
-becomes what the layer computes with now, and indices and scales are fitted to it, weighted by
-how much each input is used.
+changes and its rank grows by ranks of magnitude zero. (Scales per group become ranks; ranks cannot
+become groups, and one number of groups not another: such a target is refused.) Any other is
+quantized anew: its weight becomes what the layer computes with now, and indices and scales are
+fitted to it, weighted by how much each input is used.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _grown_factors(
     return a_dir, b_dir, g
 
 
-def _scale_of(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Scale:
+def _grown_scale(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Scale:
     if form is ScaleForm.DIRECTIONAL:
         return DirectionalScale(a_dir, b_dir, g)
     root = g.sqrt()
@@ -65,10 +66,13 @@ def _scale_of(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Scale
 
 
 def keep_levels(layer: LutLinear, target: LinearSpec, seed: int) -> LutLinear:
-    """The same W_q in another form of S and with a rank of at least the target's."""
-    rank = max(target.rank, layer.spec.rank)
+    """The same W_q in another form of S and with a rank of at least the target's; scales per group
+    stay as they are where the target has the same groups."""
+    if target.scale is ScaleForm.GROUP:
+        return layer
+    rank = max(target.rank, layer.spec.rank_of(layer.in_features))
     spec = replace(layer.spec, rank=rank, scale=target.scale)
-    scale = _scale_of(target.scale, *_grown_factors(layer, rank, 0.0, seed))
+    scale = _grown_scale(target.scale, *_grown_factors(layer, rank, 0.0, seed))
     return LutLinear(spec, scale, layer.lut.detach(), layer.indices, _master(layer), _bias(layer))
 
 
@@ -94,13 +98,34 @@ def _check(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
     for name, layer in layers.items():
         target = _target(name, spec)
         target.check_shape(layer.out_features, layer.in_features, name)
-        if target.rank < layer.spec.rank and target.lut_size >= layer.spec.lut_size:
-            key = "convert.rank" if is_mlp(name) else "convert.attention_rank"
-            raise ParamsError(
-                f"{key} {target.rank} is below the rank {layer.spec.rank} that {name} has; a "
-                f"conversion does not drop ranks: use at least {layer.spec.rank}"
-            )
+        if target.lut_size >= layer.spec.lut_size:
+            _check_kept(name, layer, target)
     return dict(layers.items())
+
+
+def _check_kept(name: str, layer: LutLinear, target: LinearSpec) -> None:
+    """Refuse a target that S cannot have without a change, where the layer keeps its levels."""
+    spec, columns = layer.spec, layer.in_features
+    if target.scale is ScaleForm.GROUP:
+        if spec.scale is not ScaleForm.GROUP:
+            key, asked, has = "convert.scale", target.scale.value, spec.scale.value
+        elif min(target.group_size, columns) != min(spec.group_size, columns):
+            key, asked, has = "convert.group_size", str(target.group_size), str(spec.group_size)
+        else:
+            return
+        levels = "convert.lut_size" if is_mlp(name) else "convert.attention_lut_size"
+        raise ParamsError(
+            f"{key} {asked} would change the scales of {name}, which keeps its {spec.lut_size} "
+            f"levels; use {key} {has}, or a {levels} below {spec.lut_size}"
+        )
+    rank = spec.rank_of(columns)
+    if target.rank < rank:
+        key = "convert.rank" if is_mlp(name) else "convert.attention_rank"
+        has = f"{rank} groups" if spec.scale is ScaleForm.GROUP else f"rank {rank}"
+        raise ParamsError(
+            f"{key} {target.rank} is below the {has} that {name} has; a conversion does not drop "
+            f"ranks: use at least {rank}"
+        )
 
 
 def convert_model(
@@ -115,7 +140,8 @@ def convert_model(
         ``{"converted": layers with fewer levels now, "kept": layers with the same levels}``.
 
     Raises:
-        InputError: nothing to convert. ParamsError: a rank does not fit or would shrink.
+        InputError: nothing to convert. ParamsError: a rank does not fit or would shrink, or a form
+            would change S where it has to stay.
     """
     layers = _check(model, spec)
     counts = {"converted": 0, "kept": 0}
@@ -143,7 +169,8 @@ def convert_by_reference_rule(model: PreTrainedModel, spec: ModelSpec) -> None:
     def make(name: str, module: nn.Module) -> nn.Module:
         assert isinstance(module, LutLinear)
         target = _target(name, spec)
-        rank = max(target.rank, module.spec.rank)
+        columns = module.in_features
+        rank = max(target.rank_of(columns), module.spec.rank_of(columns))
         factors = _grown_factors(module, rank, REFERENCE_MAGNITUDE, spec.seed)
         old = module.levels().detach()
         lut, indices = old, module.indices

@@ -29,17 +29,19 @@ class Quant(Section):
     attention_lut_size: LutSizeOrSame = 0
     """LUT entries of q, k, v, o; 0 = the same as the MLPs."""
     rank: Count = 4
-    """Rank of the scale matrix S of the MLPs."""
+    """Rank of the scale matrix S of the MLPs; ignored by `group` scales."""
     attention_rank: CountOrZero = 0
-    """Rank of S in attention; 0 = the same as the MLPs."""
+    """Rank of S in attention; 0 = the same as the MLPs; ignored by `group` scales."""
     group_size: Count = 32
-    """Inputs that share a max-abs when S is initialized. Default: the reference, end to end."""
+    """Inputs that share a max-abs when S is initialized; with `group` scales those that share a
+    scale. Default: the reference, end to end."""
     attention_group_size: CountOrZero = 0
     """The same for attention; 0 = the same as the MLPs."""
     attention: bool = True
     """Quantize q, k, v, o as well; false leaves them at the teacher's precision."""
-    scale: Literal["lowrank", "directional"] = "lowrank"
-    """`lowrank`: S = A @ B (4-bit training); `directional`: unit directions times magnitudes."""
+    scale: Literal["lowrank", "directional", "group"] = "lowrank"
+    """`lowrank`: S = A @ B (4-bit training); `directional`: unit directions times magnitudes;
+    `group`: one scale per `group_size` inputs of an output (w4g64 and the like)."""
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the LUT values come from: linspace(-1, 1), half-integer levels, k-means on W / S, or
     trained (needs a `rates.lut` above 0 in some training stage to move)."""
@@ -80,9 +82,9 @@ class Rates(Section):
     weight: NotNegative = 0.0
     """FP32 master weights, through the straight-through estimator."""
     scale_direction: NotNegative = 0.0
-    """A and B of the scales, or their unit directions."""
+    """A and B of the scales, or their unit directions, or the scales of groups."""
     scale_magnitude: NotNegative = 0.0
-    """Magnitudes g of directional scales; `lowrank` has none."""
+    """Magnitudes g of directional scales; the other forms have none."""
     lut: NotNegative = 0.0
     """LUT values; the codebook must be `learned`."""
 
@@ -225,15 +227,15 @@ class Convert(Section):
     attention_lut_size: LutSizeOrSame = 16
     """LUT entries of q, k, v, o afterwards; 0 = the same as the MLPs."""
     rank: Count = 32
-    """Rank of S of the MLPs afterwards."""
+    """Rank of S of the MLPs afterwards; ignored by `group` scales."""
     attention_rank: CountOrZero = 8
-    """Rank of S in attention afterwards; 0 = the same as the MLPs."""
+    """Rank of S in attention afterwards; 0 = the same as the MLPs; ignored by `group` scales."""
     group_size: Count = 32
-    """Inputs per group where scales start anew."""
+    """Inputs per group where scales start anew. `group` scales that stay must have it already."""
     range: Range = 1.0
     """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers."""
-    scale: Literal["lowrank", "directional"] = "directional"
-    """Form of S afterwards."""
+    scale: Literal["lowrank", "directional", "group"] = "directional"
+    """Form of S afterwards; layers that keep their levels can become `group` only if they were."""
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the new LUT values come from."""
     refit_steps: CountOrZero = 5
@@ -262,9 +264,27 @@ def check_convert(quant: Quant, convert: Convert) -> None:
     """Rules between `quant` and `convert`.
 
     Raises:
-        ValueError: an attention setting of `convert` without attention being quantized.
+        ValueError: an attention setting of `convert` without attention being quantized, or scales
+            per group for layers that keep other scales.
     """
     _refuse_attention_settings(convert, "convert", quantized=quant.attention)
+    for kind in ("", "attention_") if quant.attention else ("",):
+        _refuse_new_groups(quant, convert, f"{kind}lut_size", f"{kind}group_size")
+
+
+def _refuse_new_groups(quant: Quant, convert: Convert, levels: str, group: str) -> None:
+    """Refuse `group` scales for layers that keep their levels, and with them their scales."""
+    before, after = (getattr(part, levels) or part.lut_size for part in (quant, convert))
+    if convert.scale != "group" or after < before:
+        return
+    key = "group_size" if quant.scale == "group" else "scale"
+    asked = getattr(convert, key)
+    has = (getattr(quant, group) or quant.group_size) if key == "group_size" else quant.scale
+    if asked != has:
+        raise ValueError(
+            f"convert.{key} = {asked}: layers that keep their {before} levels keep their scales, "
+            f"whose {key} is {has}; set it to {has}, or convert.{levels} below {before}"
+        )
 
 
 def check_training(name: str, config: TrainConfig, codebook: str, *, attention: bool) -> None:

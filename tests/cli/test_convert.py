@@ -9,7 +9,7 @@ import torch
 
 from lib.api import load_teacher, quantize, save
 from lib.model.checkpoint import load_checkpoint
-from lib.model.linear import DirectionalScale, LowRankScale
+from lib.model.linear import DirectionalScale, GroupScale, LowRankScale
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantized_layers
 from tests.cli.run import lutqat
@@ -18,9 +18,11 @@ from tests.model.reference_checkpoints import state_dict, uniform, v1_layer, v1_
 EPS = torch.finfo(torch.float32).eps
 
 
-def test_change_of_form_is_exact(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "kind"), [("lowrank", LowRankScale), ("group", GroupScale)])
+def test_change_of_form_is_exact(models: Path, tmp_path: Path, form: str, kind: type) -> None:
     teacher, tokenizer = load_teacher(models / "teacher")
-    save(quantize(teacher, ste_fp16=False, rank=3), tokenizer, tmp_path / "v1")
+    made = quantize(teacher, ste_fp16=False, rank=3, scale=form, group_size=24)
+    save(made, tokenizer, tmp_path / "v1")
     outcome = lutqat("convert-checkpoint", tmp_path / "v1", tmp_path / "v2")
     assert outcome.code == 0, outcome.err
     assert "14 quantized layers" in outcome.out
@@ -28,12 +30,13 @@ def test_change_of_form_is_exact(models: Path, tmp_path: Path) -> None:
     for (name, one), other in zip(
         quantized_layers(old).items(), quantized_layers(new).values(), strict=True
     ):
-        assert isinstance(one.scale, LowRankScale), name
+        assert isinstance(one.scale, kind), name
         assert isinstance(other.scale, DirectionalScale), name
         assert torch.equal(one.indices, other.indices)
         assert one.weight is not None and other.weight is not None
         assert torch.equal(one.weight, other.weight)
         a, b = one.factors()
+        assert other.spec.rank == b.shape[0]  # no rank is added
         lost = (one.dequantized() - other.dequantized()).abs()
         assert (lost <= 16 * EPS * (a.abs() @ b.abs())).all()
 

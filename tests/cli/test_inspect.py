@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lib.api import load_teacher, quantize, save
 from lib.model.checkpoint import load_checkpoint, read_config
 from lib.model.load import folder_fingerprint
 from lib.model.size import model_size
@@ -37,6 +38,14 @@ def test_layers_and_totals(models: Path) -> None:
     assert found["stage"] == "snap"
     assert found["teacher"] == info["teacher"] == folder_fingerprint(models / "teacher")
     assert found["fingerprint"] == read_config(folder)["fingerprint"]
+
+
+def test_the_rank_of_group_scales_is_the_number_of_groups(models: Path, tmp_path: Path) -> None:
+    teacher, tokenizer = load_teacher(models / "teacher")
+    save(quantize(teacher, scale="group", group_size=24, rank=9), tokenizer, tmp_path / "m")
+    found = rows(lutqat("inspect", tmp_path / "m").out)
+    assert found["model.layers.1.mlp.up_proj"].startswith("160 x 64 4 3 group ")
+    assert found["model.layers.1.mlp.down_proj"].startswith("64 x 160 4 7 group ")
 
 
 def test_teacher_and_baked_have_no_layers(models: Path) -> None:

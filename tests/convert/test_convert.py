@@ -17,6 +17,9 @@ from lib.quant.refit import weighted_error
 from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
 from tests.tiny_models import linear_spec, quantized, same, state_of, tiny_model
 
+RANKED = [ScaleForm.LOWRANK, ScaleForm.DIRECTIONAL]
+CHANGES = [(before, after) for before in ScaleForm for after in RANKED]
+
 
 def target(mlp: dict[str, Any] | None = None, attention: dict[str, Any] | None = None) -> ModelSpec:
     """The default conversion in small: MLPs to 4 levels, attention keeps 16; ranks double."""
@@ -56,8 +59,7 @@ def test_specs_counts_and_biases(family: str) -> None:
         assert layer.weight is not None
 
 
-@pytest.mark.parametrize("before", list(ScaleForm))
-@pytest.mark.parametrize("after", list(ScaleForm))
+@pytest.mark.parametrize(("before", "after"), CHANGES)
 @pytest.mark.parametrize("codebook", list(Codebook))
 def test_layers_with_few_levels_pass_unharmed(
     before: ScaleForm, after: ScaleForm, codebook: Codebook
@@ -76,15 +78,42 @@ def test_layers_with_few_levels_pass_unharmed(
         assert weighted_error(old[name], layer.dequantized(), torch.ones(1)) < (2**-10) ** 2
 
 
-def test_without_fp16_the_change_of_form_is_exact() -> None:
-    model = quantized(lut_size=4, scale=ScaleForm.LOWRANK, ste_fp16=False)
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_without_fp16_the_change_of_form_is_exact(before: ScaleForm, after: ScaleForm) -> None:
+    model = quantized(lut_size=4, scale=before, group_size=20, ste_fp16=False)
     old = weights(model)
-    convert_model(model, target({}, {"lut_size": 4}), importance(model))
+    spec = target({"scale": after}, {"scale": after, "lut_size": 4})
+    convert_model(model, spec, importance(model))
     for name, new in weights(model).items():
         assert torch.allclose(new, old[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", list(ScaleForm))
+@pytest.mark.parametrize("size", [16, 20, 100])
+def test_group_scales_stay_exactly_as_they_are(size: int) -> None:
+    options = {"scale": ScaleForm.GROUP, "group_size": size}
+    model = quantized(lut_size=4, **options)
+    before, specs = state_of(model), {n: x.spec for n, x in quantized_layers(model).items()}
+    spec = target({**options, "rank": 1}, {**options, "lut_size": 4})  # the rank means nothing
+    assert convert_model(model, spec, importance(model)) == {"converted": 0, "kept": 14}
+    assert same(before, state_of(model))
+    assert specs == {n: x.spec for n, x in quantized_layers(model).items()}
+
+
+@pytest.mark.parametrize("before", list(ScaleForm))
+def test_fewer_levels_may_have_any_form(before: ScaleForm) -> None:
+    """Each MLP becomes what :meth:`LutLinear.from_weight` makes of its present weight."""
+    model = quantized(scale=before)
+    old, use = weights(model), importance(model)
+    spec = target({"scale": ScaleForm.GROUP, "group_size": 20}, {"scale": ScaleForm.DIRECTIONAL})
+    assert convert_model(model, spec, use) == {"converted": 6, "kept": 8}
+    for name, layer in quantized_layers(model).items():
+        if is_mlp(name):
+            fresh = LutLinear.from_weight(old[name], None, spec.mlp, name, use[name])
+            assert same(dict(layer.state_dict()), dict(fresh.state_dict()))
+            assert layer.spec == spec.mlp
+
+
+@pytest.mark.parametrize("form", RANKED)
 def test_added_ranks_are_silent_but_can_train(form: ScaleForm) -> None:
     model = quantized(lut_size=4)
     convert_model(model, target({"scale": form}, {"lut_size": 4}), importance(model))
@@ -128,11 +157,12 @@ def test_importance_weighs_the_fit() -> None:
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("form", [ScaleForm.DIRECTIONAL, ScaleForm.GROUP])
 @pytest.mark.parametrize("codebook", list(Codebook))
 @pytest.mark.parametrize("size", [2, 8])
-def test_any_size_and_codebook(codebook: Codebook, size: int) -> None:
+def test_any_size_and_codebook(codebook: Codebook, size: int, form: ScaleForm) -> None:
     model = quantized()
-    change = {"lut_size": size, "codebook": codebook}
+    change = {"lut_size": size, "codebook": codebook, "scale": form}
     counts = convert_model(model, target(change, change), importance(model))
     assert counts == {"converted": 14, "kept": 0}
     for layer in quantized_layers(model).values():
@@ -167,6 +197,63 @@ def test_reference_rule() -> None:
     levels = before["model.layers.0.mlp.up_proj.lut"][old_indices.long()]
     assert torch.allclose(levels * scale, old["model.layers.0.mlp.up_proj"], atol=1e-5)
     assert quantized_layers(model)["model.layers.0.self_attn.q_proj"].spec.lut_size == 16
+
+
+def test_reference_rule_keeps_group_scales() -> None:
+    """As ranks; a target of more groups counts as a target of more ranks."""
+    model = quantized(scale=ScaleForm.GROUP, ste_fp16=False)
+    name = "model.layers.0.mlp.down_proj"
+    a, b = quantized_layers(model)[name].factors()
+    options = {"scale": ScaleForm.GROUP, "group_size": 8}
+    convert_by_reference_rule(model, target(options, {}))
+    layer = quantized_layers(model)[name]
+    assert layer.scale.g.numel() == 64 // 8 and (layer.scale.g[4:] == 0.01).all()
+    new_a, new_b = layer.factors()
+    assert torch.allclose(new_a[:, :4] @ new_b[:4], a @ b, rtol=1e-5)
+
+
+GROUPS: dict[str, Any] = {"scale": ScaleForm.GROUP}
+
+
+@pytest.mark.parametrize(
+    ("before", "mlp", "attention", "words"),
+    [
+        (
+            {},
+            {},
+            GROUPS,
+            r"convert\.scale group .* scales of .*q_proj, .* 16 levels; use convert\.scale "
+            r"directional, or a convert\.attention_lut_size below 16",
+        ),
+        (
+            {"lut_size": 4, "scale": ScaleForm.LOWRANK},
+            GROUPS,
+            {"lut_size": 4},
+            r"gate_proj, .* 4 levels; use convert\.scale lowrank, or a convert\.lut_size below 4",
+        ),
+        (
+            {**GROUPS, "group_size": 8},
+            GROUPS,
+            GROUPS,
+            r"convert\.group_size 16 .*use convert\.group_size 8, or a convert\.attention_lut_size",
+        ),
+        (
+            {**GROUPS, "group_size": 6},
+            {},
+            {"rank": 5},
+            r"convert\.attention_rank 5 is below the 6 groups .*q_proj .*at least 6",
+        ),
+    ],
+)
+def test_scales_that_stay_cannot_take_any_form(
+    before: dict[str, Any], mlp: dict[str, Any], attention: dict[str, Any], words: str
+) -> None:
+    model = quantized(**before)
+    state = state_of(model)
+    with pytest.raises(ParamsError, match=words) as caught:
+        convert_model(model, target(mlp, attention), importance(model))
+    assert "\n" not in str(caught.value)
+    assert same(state, state_of(model))  # refused before anything was done
 
 
 def test_refusals() -> None:

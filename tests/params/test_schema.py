@@ -86,6 +86,18 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({**NO_ATTENTION, "convert.attention_rank": 8}, ["convert.attention_rank = 8"]),
     ({**NO_ATTENTION, "weights.freeze_value_output": True}, ["weights.freeze_value_output"]),
     ({"convert.lut_size": 3}, ["convert.lut_size = 3"]),
+    (
+        {"convert.scale": "group"},
+        ["convert.scale = group", "16 levels", "set it to lowrank", "convert.attention_lut_size"],
+    ),
+    (
+        {**NO_ATTENTION, "convert.scale": "group", "quant.lut_size": 4, "convert.group_size": 64},
+        ["convert.scale = group", "4 levels", "convert.lut_size below 4"],
+    ),
+    (
+        {"quant.scale": "group", "convert.scale": "group", "quant.attention_group_size": 64},
+        ["convert.group_size = 32", "set it to 64", "convert.attention_lut_size below 16"],
+    ),
     ({"convert.refit_steps": -1}, ["convert.refit_steps = -1"]),
     # distill
     ({"distill.temperature": 0}, ["distill.temperature = 0", "greater than 0"]),
@@ -137,6 +149,10 @@ ACCEPTED: list[dict[str, Any]] = [
     {"quant.lut_size": 2},
     {"quant.lut_size": 256, "quant.attention_lut_size": 4},
     NO_ATTENTION,
+    {"quant.scale": "group", "convert.scale": "group"},
+    {"quant.scale": "group", "quant.attention_group_size": 64},
+    {"convert.scale": "group", "convert.attention_lut_size": 8},
+    {**NO_ATTENTION, "convert.scale": "group"},
     {**NO_ATTENTION, "quant.attention_rank": 0, "convert.attention_lut_size": 0},
     {"quant.codebook": "learned", "weights.rates": {"lut": 1e-3}},
     {"convert.codebook": "learned", "finetune_q2.rates": {"lut": 1e-3}},
@@ -239,7 +255,7 @@ rates = st.floats(0, 1, exclude_min=True)
             "quant.rank": st.integers(1, 1024),
             "quant.range": st.floats(0, 1, exclude_min=True),
             "quant.ste_fp16": st.booleans(),
-            "quant.scale": st.sampled_from(["lowrank", "directional"]),
+            "quant.scale": st.sampled_from(["lowrank", "directional", "group"]),
             "cache.top_k": st.integers(32, 128),
             "cache.negatives": st.integers(0, 1024),
             "cache.temperatures": st.lists(st.floats(0.1, 50), min_size=1, max_size=4, unique=True),
