@@ -8,6 +8,7 @@ layer's LUT and indices.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from lib.export.package import Array, Function, Name, Operation, Package
 from lib.model.limits import HEAD_SLICE, MAX_CHANNELS, MAX_RANK, MAX_SIDE
 
 _WIDE = ("FLOAT32", "FLOAT64")
+_SHARED = 100  # values; the converter keeps equal constants of so many, or more, once
 _PARTS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
@@ -189,14 +191,22 @@ def _check_types(function: Function, slices: int, name: str, faults: list[str]) 
             faults.append(f"{name}: constant {operation.outputs[0].name} is not finite")
 
 
+def _factor_bytes(layers: Collection[FactoredConv]) -> int:
+    """LUTs, factors and biases in FP16. What marks the inputs of group scales is the same in many
+    layers, and counted once."""
+    own = sum(t.numel() for m in layers for t in (m.lut, m.a, m.bias) if t is not None)
+    rows = [m.b for m in layers]
+    shared = {(b.shape, hash(b.numpy().tobytes())): b.numel() for b in rows if b.numel() >= _SHARED}
+    small = sum(b.numel() for b in rows if b.numel() < _SHARED)
+    return 2 * (own + small + sum(shared.values()))
+
+
 def _check_sizes(package: Package, decoder: DeployedDecoder, audit: Audit) -> None:
     """The weight file holds each constant once: no dense copy, tied embeddings not twice."""
     layers = decoder.layers().values()
     bits = [(len(m.lut) - 1).bit_length() for m in layers]
     packed = sum(-(-m.indices.numel() * b // 8) for m, b in zip(layers, bits, strict=True))
-    factors = sum(
-        2 * sum(t.numel() for t in (m.lut, m.a, m.b, m.bias) if t is not None) for m in layers
-    )
+    factors = _factor_bytes(layers)
     own = {id(p): p.numel() for part in (decoder.embedding.slices, decoder.head) for p in part}
     quantized = {id(p) for m in layers for p in m.parameters()}
     rest = sum(

@@ -18,6 +18,7 @@ from lib.export.snapped import plain_tensors, snapped_layers
 from lib.model.checkpoint import TOKENIZER_FILES, WEIGHTS
 from lib.model.linear import LutLinear
 from lib.model.size import BITS_PER_MB, FP16_BITS, model_size
+from lib.quant.spec import LinearSpec, ScaleForm
 
 CARD = "README.md"
 
@@ -29,8 +30,8 @@ pipeline_tag: text-generation
 
 # {architecture}, dense FP16 form of LUT weights
 
-lutqat trained this model so that its weights are entries of a lookup table (LUT) times low-rank
-scales, `W = LUT[index] * S`. **This folder is the dense form:** every such weight is multiplied out
+lutqat trained this model so that its weights are entries of a lookup table (LUT) times scales,
+`W = LUT[index] * S`. **This folder is the dense form:** every such weight is multiplied out
 and stored in FP16, 16 bits per weight and {megabytes:.1f} MB. It loads wherever Transformers
 folders load, and is no smaller than the model was before.
 
@@ -112,6 +113,12 @@ def _half(values: Tensor, name: str) -> Tensor:
     return rounded
 
 
+def _scales(spec: LinearSpec) -> str:
+    if spec.scale is ScaleForm.GROUP:
+        return f"one scale per {spec.group_size} inputs"
+    return f"{spec.scale.value} scales of rank {spec.rank}"
+
+
 def _card(model: PreTrainedModel, layers: dict[str, LutLinear]) -> str:
     """The model card: what the folder is, and what the same model takes in LUT form."""
     size = model_size(model)
@@ -120,8 +127,7 @@ def _card(model: PreTrainedModel, layers: dict[str, LutLinear]) -> str:
     if not layers:
         return head + _NO_LUT_FORM + _USE
     kinds = Counter(
-        f"a {layer.spec.lut_size}-entry LUT ({layer.spec.bits} bits) and {layer.spec.scale.value} "
-        f"scales of rank {layer.spec.rank}"
+        f"a {layer.spec.lut_size}-entry LUT ({layer.spec.bits} bits) and " + _scales(layer.spec)
         for layer in layers.values()
     )
     lut_form = _LUT_FORM.format(

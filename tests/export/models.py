@@ -29,6 +29,8 @@ KINDS: list[dict[str, Any]] = [
     {"scale": ScaleForm.LOWRANK},
     {"lut_size": 16, "codebook": Codebook.KMEANS},
     {"lut_size": 2},
+    {"scale": ScaleForm.GROUP, "group_size": 20},  # 32 inputs: the second group is short
+    {"scale": ScaleForm.GROUP, "group_size": 100},  # one group
 ]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lib.base.errors import InputError, MismatchError
 from lib.export.anemll import save_anemll
 from lib.model.foreign import import_reference
-from lib.model.linear import LowRankScale, LutLinear
+from lib.model.linear import DirectionalScale, LutLinear
 from lib.model.rescale import scale_residual
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.quant.spec import Codebook, ModelSpec, ScaleForm
@@ -25,6 +25,7 @@ from tests.tiny_models import linear_spec, logits_of, quantized, state_of, tiny_
 
 LAYER = "model.layers.1.self_attn.k_proj"
 V1: dict[str, Any] = {"scale": ScaleForm.LOWRANK, "group_size": 20}  # pads 32 inputs to 40
+GROUP: dict[str, Any] = {"scale": ScaleForm.GROUP, "group_size": 20}  # two of them, or four
 V2: dict[str, Any] = {"scale": ScaleForm.DIRECTIONAL, "lut_size": 4, "codebook": Codebook.LEARNED}
 
 
@@ -54,18 +55,20 @@ def levelled(model: PreTrainedModel, levels: list[float]) -> PreTrainedModel:
     return model
 
 
-def make_model(version: str, family: str) -> PreTrainedModel:
+def make_model(version: str, family: str, form: dict[str, Any] = V1) -> PreTrainedModel:
     if version == "v1":
-        return snapped(family, **V1)
+        return snapped(family, **form)
     return levelled(snapped(family, **V2), [-1.0, -0.3213, 0.3217, 0.9])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("version", "form"), [("v1", V1), ("v1", GROUP), ("v2", V2)], ids=["v1", "v1 group", "v2"]
+)
 def test_import_gives_the_model_back(
-    bases: dict[str, Path], tmp_path: Path, version: str, family: str
+    bases: dict[str, Path], tmp_path: Path, version: str, form: dict[str, Any], family: str
 ) -> None:
-    model = make_model(version, family)
+    model = make_model(version, family, form)
     before = state_of(model)
     exported(model, tmp_path / "out", version=version)
     again, info = import_reference(tmp_path / "out", bases[family])
@@ -91,9 +94,12 @@ def test_import_gives_the_model_back(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_slow_reader_finds_every_v1_weight(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("form", [V1, GROUP], ids=["lowrank", "group"])
+def test_slow_reader_finds_every_v1_weight(
+    tmp_path: Path, family: str, form: dict[str, Any]
+) -> None:
     """However the reference's scripts read V1: as baked, or quantizing again."""
-    model = make_model("v1", family)
+    model = make_model("v1", family, form)
     state, config = exported(model, tmp_path / "out", version="v1", not_v1=None)
     assert config["snapped_mode"] == "baked"
     beside = torch.load(tmp_path / "out" / "indices.pt", weights_only=True)
@@ -120,9 +126,12 @@ def test_slow_reader_finds_every_v2_weight(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_names_and_shapes_are_the_reference_s(tmp_path: Path, version: str, family: str) -> None:
-    spec = {"v1": V1, "v2": V2}[version]
+@pytest.mark.parametrize(
+    ("version", "spec"), [("v1", V1), ("v1", GROUP), ("v2", V2)], ids=["v1", "v1 group", "v2"]
+)
+def test_names_and_shapes_are_the_reference_s(
+    tmp_path: Path, version: str, spec: dict[str, Any], family: str
+) -> None:
     model = tiny_model(family)
     plain = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     state, config = exported(snapped(family, **spec), tmp_path / "out", version=version)
@@ -143,11 +152,13 @@ def test_low_rank_scales_that_v1_cannot_say_become_v2(
     quantized_layers(negative)[LAYER].scale.b[:, 3] *= -1  # the clamp would make it 1e-8
     trained = levelled(snapped(scale=ScaleForm.LOWRANK, lut_size=4), [-1, -0.3, 0.3, 0.9])
     full = snapped(scale=ScaleForm.LOWRANK, rank=16)  # as many as k_proj has outputs
+    many = snapped(scale=ScaleForm.GROUP, group_size=2)
     for number, (model, reason) in enumerate(
         [
             (negative, f"{LAYER} has a scale of -"),
             (trained, "the LUT of model.layers.0.self_attn.q_proj is not linspace"),
             (full, "k_proj has rank 16"),
+            (many, "k_proj has rank 16"),
         ]
     ):
         report = save_anemll(model, tmp_path / str(number), model_id="x")
@@ -156,7 +167,7 @@ def test_low_rank_scales_that_v1_cannot_say_become_v2(
         state, _ = reader.read_folder(tmp_path / str(number))
         again = quantized_layers(import_reference(tmp_path / str(number), bases["llama"])[0])
         for name, layer in quantized_layers(model).items():
-            assert isinstance(layer.scale, LowRankScale)
+            assert not isinstance(layer.scale, DirectionalScale)
             assert_close(reader.v2_weight(reader.layer_of(state, name)), layer)
             assert_close(again[name].dequantized(), layer)
             assert torch.equal(again[name].indices, layer.indices)

@@ -13,6 +13,7 @@ import pytest
 from lib.export.audit import _check_types, _difference, audit_package
 from lib.export.graph import DeployedDecoder
 from lib.export.package import Function, Operation, Output, Package
+from lib.quant.spec import ScaleForm
 from tests.export.editing import damaged
 from tests.export.models import KINDS, SLOTS, decoder, package, snapped
 
@@ -33,6 +34,18 @@ def test_other_kinds_of_model_are_exact(changes: dict[str, Any]) -> None:
     audit = audit_package(Package(package("llama", **changes)), decoder("llama", **changes))
     assert audit.faults == []
     assert (audit.layers, audit.dense) == ((0, 15) if "baked" in changes else (14, 1))
+
+
+@pytest.mark.parametrize("target", ["iOS18", "iOS16"])
+def test_the_members_of_groups_are_stored_and_counted_once(target: str) -> None:
+    options: dict[str, Any] = {"scale": ScaleForm.GROUP, "group_size": 8}
+    graph, made = decoder("llama", **options), Package(package("llama", target, **options))
+    audit = audit_package(made, graph)
+    assert audit.faults == []  # such as bytes that are not accounted for
+    packed = sum(m.indices.numel() / 4 for m in graph.layers().values())
+    own = sum(2 * (m.lut.numel() + m.a.numel()) for m in graph.layers().values())
+    members = 2 * (4 * 32 + 8 * 64)  # of layers with 32 and with 64 inputs
+    assert audit.megabytes["layers"] == (packed + own + members) / 1e6
 
 
 def test_ios16_is_exact_too() -> None:

@@ -189,6 +189,13 @@ def too_large() -> PreTrainedModel:
     return model
 
 
+def test_the_card_tells_of_groups(tmp_path: Path) -> None:
+    model = snapped(scale=ScaleForm.GROUP, lut_size=4, group_size=20)
+    save_huggingface(model, save_base(tmp_path / "base"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- 14 layers with a 4-entry LUT (2 bits) and one scale per 20 inputs\n" in card
+
+
 def rescaled() -> PreTrainedModel:
     model = snapped()
     scale_residual(model, 0.5)
