@@ -20,7 +20,7 @@ COLUMNS = (
     "top-1",
     "bits/weight",
     "bits/weight, layers",
-    "size MB",
+    "packed MB",
     "folder MB",
     "peak memory MB",
 )
@@ -39,7 +39,8 @@ def metrics(ladder: Ladder, *, q4: str, q2: str) -> dict[str, Any]:
             "q2_kl": finite(two.kl),
             "q2_top1": two.top1,
             "bits_per_weight": two.size.bits_per_weight,
-            "size_mb": finite(two.file_mb),
+            "packed_mb": two.size.megabytes,
+            "folder_mb": finite(two.file_mb),
         }
     }
 
@@ -64,7 +65,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "top1": row.top1,
         "bits_per_weight": row.size.bits_per_weight,
         "bits_per_layer_weight": row.size.bits_per_layer_weight,
-        "size_mb": row.size.megabytes,
+        "packed_mb": row.size.megabytes,
         "folder_mb": row.file_mb,
     }
 
@@ -95,9 +96,9 @@ def to_markdown(ladder: Ladder) -> str:
     lines += [
         "",
         f"Perplexity over {ladder.scored_tokens} test tokens, each scored once. KL(teacher || "
-        f"model) and top-1 agreement over {ladder.scored_positions} positions. The size counts "
-        "indices, LUTs, scales, and FP16 for the rest; the folder of a training stage also holds "
-        "float32 masters.",
+        f"model) and top-1 agreement over {ladder.scored_positions} positions. Packed MB is "
+        "the memory that the packed model takes: indices, LUTs, scales, and FP16 for the rest; the "
+        "folder of a training stage also holds float32 masters.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -127,7 +127,8 @@ def test_metrics_and_files_are_the_same_twice(tmp_path: Path) -> None:
     for name in ("metrics.json", "samples.json", "ladder.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     values = json.loads((tmp_path / "one/metrics.json").read_text())["evaluate"]
-    assert values["size_mb"] == 0.003
+    assert values["folder_mb"] == 0.003
+    assert values["packed_mb"] == _measure(rungs).row("four").size.megabytes
     assert values["q4_ratio"] < values["q2_ratio"]
     ladder = json.loads((tmp_path / "one/ladder.json").read_text())
     assert [row["model"] for row in ladder["rows"]] == ["teacher", "sixteen", "four"]
