@@ -17,6 +17,7 @@ from lib.evaluate.agreement import TeacherTarget
 from lib.evaluate.memory import peak_megabytes, reset_peak
 from lib.evaluate.perplexity import perplexity
 from lib.evaluate.samples import generate_texts
+from lib.evaluate.tasks import Score, TaskSuite
 from lib.model.size import ModelSize, folder_megabytes, model_size
 from lib.model.surgery import bake
 from lib.params.schema import Evaluate
@@ -63,6 +64,7 @@ class Row:
     file_mb: float | None
     peak_memory_mb: float
     samples: list[str]
+    tasks: dict[str, Score]
 
 
 @dataclass(kw_only=True)
@@ -90,9 +92,10 @@ def measure_ladder(
     """Measure every rung, one model in memory at a time. The first rung is the teacher.
 
     Raises:
-        InputError: no text to score.
+        InputError: no text to score, or tasks that cannot be measured here.
         MismatchError: a rung of another vocabulary than the teacher's or the text's.
     """
+    suite = TaskSuite(params.tasks, params.task_items)  # what is missing shows before the hard work
     text = text.limited(params)
     ladder = Ladder(
         prompts=list(params.prompts),
@@ -120,6 +123,8 @@ def measure_ladder(
             model, tokenizer, ladder.prompts, params.new_tokens, seed=params.seed
         )
         ladder.machine = _machine(model, resettable)
+        peak = peak_megabytes()  # without the tasks, which not every run asks for
+        tasks = suite.measure(model, tokenizer, rung.name)
         del model
         ladder.rows.append(
             Row(
@@ -130,8 +135,9 @@ def measure_ladder(
                 top1=top1,
                 size=size,
                 file_mb=None if rung.folder is None else folder_megabytes(rung.folder),
-                peak_memory_mb=peak_megabytes(),
+                peak_memory_mb=peak,
                 samples=samples,
+                tasks=tasks,
             )
         )
     return ladder

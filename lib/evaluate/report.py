@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lib.base.figures import write_svg
 from lib.base.files import write_json, write_text
 from lib.base.numbers import finite
 from lib.evaluate.ladder import Ladder, Row
+from lib.evaluate.tasks import Score
 
 COLUMNS = (
     "model",
@@ -41,7 +44,17 @@ def metrics(ladder: Ladder, *, q4: str, q2: str) -> dict[str, Any]:
             "bits_per_weight": two.size.bits_per_weight,
             "packed_mb": two.size.megabytes,
             "folder_mb": finite(two.file_mb),
+            **_task_metrics({"teacher": teacher, "q4": four, "q2": two}),
         }
+    }
+
+
+def _task_metrics(rows: dict[str, Row]) -> dict[str, float | None]:
+    """acc_norm by row and task, say `q4_piqa` or `q4_package_piqa`; empty without tasks."""
+    return {
+        f"{short}_{task.replace(':', '_')}": finite(score.acc_norm)
+        for short, row in rows.items()
+        for task, score in row.tasks.items()
     }
 
 
@@ -67,6 +80,14 @@ def _row_json(row: Row) -> dict[str, Any]:
         "bits_per_layer_weight": row.size.bits_per_layer_weight,
         "packed_mb": row.size.megabytes,
         "folder_mb": row.file_mb,
+        **({"tasks": _tasks_json(row)} if row.tasks else {}),
+    }
+
+
+def _tasks_json(row: Row) -> dict[str, dict[str, float | None]]:
+    return {
+        task: {key: finite(value) for key, value in asdict(score).items()}
+        for task, score in row.tasks.items()
     }
 
 
@@ -76,9 +97,17 @@ def _short(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if value < 1e5 else f"{value:.3g}"
 
 
+def _percent(score: Score) -> str:
+    """Normalized accuracy in per cent, with its standard error where there is one."""
+    error = "" if math.isnan(score.acc_norm_stderr) else f" +- {100 * score.acc_norm_stderr:.1f}"
+    return f"{100 * score.acc_norm:.1f}{error}"
+
+
 def to_markdown(ladder: Ladder) -> str:
     """One table, a row per model."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    asked = ladder.rows[0].tasks
+    columns = [*COLUMNS, *(f"{task} %" for task in asked)]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in ladder.rows:
         cells = [
             row.name,
@@ -91,6 +120,7 @@ def to_markdown(ladder: Ladder) -> str:
             _short(row.size.megabytes, 1),
             _short(row.file_mb, 1),
             _short(row.peak_memory_mb, 0),
+            *(_percent(row.tasks[task]) for task in asked),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -100,6 +130,12 @@ def to_markdown(ladder: Ladder) -> str:
         "the memory that the packed model takes: indices, LUTs, scales, and FP16 for the rest; the "
         "folder of a training stage also holds float32 masters.",
     ]
+    if asked:
+        counted = ", ".join(f"{task} ({score.items} items)" for task, score in asked.items())
+        lines[-1] += (
+            f" Zero-shot accuracy, normalized by the length of the choices, +- standard error: "
+            f"{counted}."
+        )
     return "\n".join(lines) + "\n"
 
 

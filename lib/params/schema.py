@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lib.params.ane import AneCheck
-from lib.params.base import Count, Section, Seed
+from lib.params.base import Count, CountOrZero, Section, Seed
 from lib.params.data import Cache, Run, Teacher, Tokens
 from lib.params.export import Export
 from lib.params.methods import Blockwise, Layerwise
@@ -32,6 +32,16 @@ class Snap(Section):
     """`lut`: packed indices, LUT and scales; `baked`: FP16 weights."""
 
 
+Task = Literal[
+    "piqa",
+    "arc_easy",
+    "hellaswag",
+    "package:piqa",
+    "package:openbookqa",
+    "package:commonsenseqa",
+]
+
+
 class Evaluate(Section):
     """The ladder over teacher, untrained model and every stage."""
 
@@ -47,8 +57,20 @@ class Evaluate(Section):
     """Prompts that every rung of the ladder answers."""
     new_tokens: Count = 48
     """Tokens generated per prompt."""
+    tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ()
+    """Multiple-choice tasks whose zero-shot accuracy every rung is measured on; they need the extra
+    `tasks`. `package:` sets come out of a PyPI package, the others are lm-eval's, from the hub."""
+    task_items: CountOrZero = 200
+    """At most so many items of each task, the first ones; 0 = all."""
     seed: Seed = 0
     """Seed of the sampling."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: tuple[Task, ...]) -> tuple[Task, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("must not repeat a task")
+        return value
 
     @model_validator(mode="after")
     def _no_gaps(self) -> Self:

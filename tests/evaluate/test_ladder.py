@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lib.base.errors import MismatchError
+from lib.base.errors import InputError, MismatchError
+from lib.evaluate import ladder as ladder_module
+from lib.evaluate.choices import Item
 from lib.evaluate.ladder import HeldOut, Ladder, Rung, measure_ladder
 from lib.evaluate.perplexity import perplexity
 from lib.evaluate.report import metrics, to_json, to_markdown, write_ladder
-from lib.model.surgery import quantize_model
+from lib.evaluate.tasks import Score, TaskSuite
+from lib.model.surgery import quantize_model, quantized_layers
 from lib.model.tiny import random_teacher
 from lib.params.schema import Evaluate
 from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
@@ -160,3 +165,89 @@ def test_text_of_another_tokenizer_is_refused() -> None:
     text.stream[5] = 288
     with pytest.raises(MismatchError, match="token 288"):
         measure_ladder(_rungs(), text, random_teacher("llama", seed=0)[1], _params(), CPU)
+
+
+class FakeSuite:
+    """Stands for `TaskSuite`: a score per task that falls with the model."""
+
+    def __init__(self, names: tuple[str, ...], items: int) -> None:
+        self.names = names
+        self.items = items
+        self.seen: list[str] = []
+
+    def measure(self, model: PreTrainedModel, tokenizer: Any, label: str) -> dict[str, Score]:
+        assert not quantized_layers(model)  # baked, as for the other measurements
+        self.seen.append(label)
+        share = 1 / len(self.seen)
+        error = math.nan if self.items == 1 else 0.02
+        return {
+            name: Score(
+                items=self.items, acc=0.5, acc_stderr=0.01, acc_norm=share, acc_norm_stderr=error
+            )
+            for name in self.names
+        }
+
+
+def _measure_tasks(monkeypatch: pytest.MonkeyPatch, items: int) -> Ladder:
+    monkeypatch.setattr(ladder_module, "TaskSuite", FakeSuite)
+    return _measure(_rungs(), tasks=["piqa", "package:piqa"], task_items=items)
+
+
+def test_tasks_asked_for_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = _measure_tasks(monkeypatch, 50)
+    values = metrics(ladder, q4="sixteen", q2="four")["evaluate"]
+    assert [values[f"{row}_piqa"] for row in ("teacher", "q4", "q2")] == [1, 1 / 2, 1 / 3]
+    assert values["q4_package_piqa"] == 1 / 2
+    assert to_json(ladder)["rows"][1]["tasks"]["piqa"] == {
+        "items": 50,
+        "acc": 0.5,
+        "acc_stderr": 0.01,
+        "acc_norm": 0.5,
+        "acc_norm_stderr": 0.02,
+    }
+    lines = to_markdown(ladder).splitlines()
+    assert lines[0].endswith("| piqa % | package:piqa % |")
+    assert lines[3].endswith("| 50.0 +- 2.0 | 50.0 +- 2.0 |")
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "package:piqa (50 items)" in lines[-1]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="the optional extra tasks is not installed (requirements-tasks.txt)",
+)
+def test_lm_eval_measures_every_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["ab", "hgf", "le", "ki", "mno", "rs", "tuv", "wx"]
+    items = [Item(prompt=f"{word}:", choices=words, label=n) for n, word in enumerate(words)]
+    monkeypatch.setattr("lib.evaluate.tasks.read_set", lambda name: items)
+    ladder = _measure(_rungs(), tasks=["package:piqa"], task_items=6)
+    tokenizer = random_teacher("llama", seed=0)[1]
+    suite = TaskSuite(["package:piqa"], 6)
+    for row, load in zip(ladder.rows, (_teacher, lambda: _quantized(16)), strict=False):
+        assert row.tasks == suite.measure(load(), tokenizer, row.name)
+        assert row.tasks["package:piqa"].items == 6
+
+
+def test_a_single_item_has_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = _measure_tasks(monkeypatch, 1)
+    assert to_markdown(ladder).splitlines()[3].endswith("| 50.0 | 50.0 |")
+    assert to_json(ladder)["rows"][1]["tasks"]["piqa"]["acc_norm_stderr"] is None
+
+
+def test_without_tasks_nothing_is_said_of_them() -> None:
+    ladder = _measure(_rungs())
+    assert "piqa" not in json.dumps(metrics(ladder, q4="sixteen", q2="four"))
+    assert "tasks" not in to_json(ladder)["rows"][0]
+    assert "%" not in to_markdown(ladder)
+    assert "Zero-shot" not in to_markdown(ladder)
+
+
+def test_tasks_that_cannot_be_measured_stop_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    loaded: list[str] = []
+    rungs = [Rung(name="teacher", load=lambda: loaded.append("teacher") or _teacher())]
+    with pytest.raises(InputError, match="requirements-tasks.txt"):
+        _measure(rungs, tasks=["package:piqa"])
+    assert loaded == []
