@@ -200,8 +200,8 @@ class Finetune(TrainConfig):
 class FinetuneQ2(TrainConfig):
     """Training after the conversion to fewer bits."""
 
-    steps: Count = 4000
-    """Optimizer steps. Default: the reference's progressive run."""
+    steps: CountOrZero = 4000
+    """Optimizer steps; 0 hands the model on. Default: the reference's progressive run."""
     rates: Rates = Rates(weight=5e-5, scale_direction=5e-5, scale_magnitude=5e-5)
     """Default: the reference's rate after conversion."""
     seed: Seed = 3

@@ -27,7 +27,16 @@ def write_profile(folder: Path, text: str) -> Path:
 
 
 def test_profiles_are_there() -> None:
-    assert {"tiny", "smollm2", "smollm2-long", "qwen3-0.6b"} <= set(SHIPPED)
+    assert {
+        "blockwise-w4g64",
+        "layerwise-q4a4",
+        "llama-2-7b-blockwise",
+        "llama-3.2-1b-blockwise",
+        "qwen3-0.6b",
+        "smollm2",
+        "smollm2-long",
+        "tiny",
+    } <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -106,7 +115,7 @@ def test_invalid_profile_changes_nothing(params: Path, tmp_path: Path, text: str
 
 @pytest.mark.parametrize("name", ["tinny", "smollm", "../params", ""])
 def test_unknown_profile_lists_the_known_ones(params: Path, name: str) -> None:
-    with pytest.raises(ParamsError, match="there are qwen3-0.6b, smollm2, smollm2-long, tiny"):
+    with pytest.raises(ParamsError, match=f"there are {', '.join(SHIPPED)}"):
         apply_profile(name, params, PROFILES)
     with pytest.raises(ParamsError, match="did you mean tiny"):
         apply_profile("tinny", params, PROFILES)
