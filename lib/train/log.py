@@ -35,13 +35,18 @@ def logged_rows(progress: Progress, every: int) -> list[Row]:
 
 def result_of(progress: Progress) -> dict[str, float | int]:
     """The outcome that metrics and checkpoint keep; no wall-clock, so equal runs are equal."""
-    return {
+    result: dict[str, float | int] = {
         "initial_kd": progress.initial_loss,
         "best_kd": progress.best_loss,
         "final_kd": progress.last_loss,
         "best_step": progress.best_step,
         "steps": progress.step,
     }
+    epochs = {row["block"]: row["epoch"] or 0.0 for row in progress.rows if "block" in row}
+    if epochs:  # one block after the other: how far each was trained
+        result["fewest_epochs"] = min(epochs.values())
+        result["most_epochs"] = max(epochs.values())
+    return result
 
 
 def write_log(folder: Path, stage: str, progress: Progress, every: int) -> None:
