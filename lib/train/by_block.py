@@ -170,6 +170,7 @@ def _train_one(
         progress = trainer.run(follow).progress
     except NonFiniteError as error:
         raise NonFiniteError(f"block {block}: {error}") from None
+    trainer.model.cpu()  # blocks wait in main memory
     name = trainer.loss.name
     print(
         f"block {block}: {method.epochs(progress.step):g} epochs, held-out {name} loss "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def method_of(
 ) -> BlockMethod:
     train, val = readers(cache)
     objective = make_objective(train, temperature=2.0, target="candidates")
-    teacher = tiny_model()
+    teacher = changes.pop("teacher", None) or tiny_model()
 
     def full(number: int) -> torch.nn.Module:
         return part(teacher, number, number + 1, norm=False)
@@ -172,6 +173,29 @@ def test_early_stopping_ends_a_block(cache: Path, tmp_path: Path) -> None:
     assert max(row.get("epoch", 0.0) or 0.0 for row in progress.rows) == 2.0
     assert max(row.get("epoch", 0.0) or 0.0 for row in whole.rows) == 5.0
     assert progress.best_loss == pytest.approx(progress.initial_loss)  # the start was the best
+
+
+def test_memory_and_disk_do_not_grow_with_depth(cache: Path, tmp_path: Path) -> None:
+    found = []
+    for depth in (2, 5):
+        model, teacher = student(), tiny_model()
+        for made in (model, teacher):
+            blocks = decoder_blocks(made)
+            blocks.extend(copy.deepcopy(blocks[1]) for _ in range(depth - 2))
+            made.config.num_hidden_layers = depth
+        folder = tmp_path / str(depth)
+        each = [1.0] * depth
+        method = method_of("blockwise", model, cache, folder, config(), teacher=teacher, each=each)
+        trainer = method.trainer(depth - 1, folder / "block")
+        row = trainer.train_step()
+        state = trainer.optimizer.state.values()
+        moments = sum(v.numel() for entry in state for v in entry.values())
+        trained = sum(item.parameter.numel() for item in trainer.trainables)
+        assert row["loss"] > 0 and sum(p.requires_grad for p in model.parameters()) == 28
+        files = sorted(file.parent.name for file in folder.rglob("*.npy"))
+        found.append((moments, trained, files))
+    assert found[0] == found[1]
+    assert found[0][2] == ["train-full", "train-own", "val-full", "val-own"]
 
 
 def test_no_clipping_unless_asked(cache: Path, tmp_path: Path) -> None:
