@@ -26,13 +26,14 @@ from lib.params.profile import apply_profile
 from lib.snap.run import snap_stage
 
 ROOT = Path(__file__).parents[1]
+SCORES = "runs/sensitivity/scores.json"
 ARGUMENTS = {
     "teacher": "data/teacher",
     "tokens": "data/teacher data/tokens",
     "cache": "data/teacher data/tokens data/cache",
     "sensitivity": "data/teacher data/cache runs/sensitivity",
-    "scales": "data/teacher data/cache runs/scales",
-    "weights": "runs/scales/model data/cache runs/weights",
+    "scales": f"data/teacher data/cache {SCORES} runs/scales",
+    "weights": f"runs/scales/model data/cache data/teacher {SCORES} runs/weights",
     "convert": "runs/scales/model data/cache runs/convert",
     "snap": "runs/scales/model runs/snap",
     "ane_check": "runs/snap/model data/tokens runs/ane_check",

@@ -119,6 +119,14 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"scales.eval_every": 0}, ["scales.eval_every = 0"]),
     ({"scales.checkpoint_every": 0}, ["scales.checkpoint_every = 0"]),
     ({"scales.freeze_last_mlp": -1}, ["scales.freeze_last_mlp = -1"]),
+    ({"scales.method": "layers"}, ["scales.method", "'layerwise'"]),
+    ({"finetune.method": "e2e"}, ["finetune.method is not a known key"]),
+    ({"layerwise.local_weight": 0, "layerwise.global_weight": 0}, ["layerwise", "are both 0"]),
+    ({"blockwise.epochs": 0}, ["blockwise.epochs = 0", "greater than 0"]),
+    (
+        {"run.processes": 2, "weights.method": "blockwise"},
+        ["run.processes = 2", "weights.method is blockwise", "set it to 1"],
+    ),
     # the rest
     ({"snap.form": "int4"}, ["snap.form", "'lut'"]),
     ({"ane_check.gate": "off"}, ["ane_check.gate", "'warn'"]),

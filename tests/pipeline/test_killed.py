@@ -10,6 +10,7 @@ import sys
 import time
 
 from lib.base.errors import BusyError
+from lib.params.load import read_yaml
 from tests.pipeline.project import RUNS, Project
 
 SHARDS = "cache lib.capture.build write_shard 2"
@@ -78,7 +79,8 @@ def test_scales_while_others_try_too_and_while_saving(project: Project, baseline
         (state,) = project.folder.glob(".ckpt/scales/*/state/state.json")
         assert json.loads(state.read_text())["progress"]["step"] == 4
         # a second stage process, whoever started it
-        command = ("-m", "stages.scales", "data/teacher", "data/cache", "runs/scales")
+        command = read_yaml(project.folder / "dvc.yaml")["stages"]["scales"]["cmd"].split()
+        assert command.pop(0) == "python"
         output = project.run(sys.executable, *command, status=BusyError.exit_code)
         assert "stage scales is already running in another process" in one_error(output)
         # a second DVC sees the first one's claim on the outputs

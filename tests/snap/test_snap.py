@@ -17,11 +17,12 @@ LAYER = "model.layers.0.mlp.gate_proj"
 
 
 def shaken(model: torch.nn.Module) -> None:
-    """Scales and LUTs as training leaves them: not FP16-exact, directions not unit."""
+    """Scales and learned LUTs as training leaves them: not FP16-exact, directions not unit."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in quantized_layers(model).values():
-            for parameter in (*layer.scale.parameters(), layer.lut):
+            learned = [layer.lut] if layer.spec.codebook is Codebook.LEARNED else []
+            for parameter in (*layer.scale.parameters(), *learned):
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.mul_(1 + 0.01 * noise)
 
