@@ -49,18 +49,23 @@ def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "layerwise": {
             "method": "layerwise",
             "steps": options.layer_steps,
+            "batch_size": 2,
+            "eval_sequences": 4,
             "rates": RATES,
-            "layerwise": {},
         },
         "blockwise": {
             "method": "blockwise",
             "rates": LOW_RATES,
-            "blockwise": {"epochs": options.epochs},
+            "blockwise": {"epochs": options.epochs, "sequences": options.sequences},
         },
         "blockwise_adaptive": {
             "method": "blockwise",
             "rates": LOW_RATES,
-            "blockwise": {"epochs": options.adaptive_epochs, "adaptive": 0.25},
+            "blockwise": {
+                "epochs": options.adaptive_epochs,
+                "adaptive": 0.25,
+                "sequences": options.sequences,
+            },
         },
     }
 
@@ -86,7 +91,7 @@ def _train(settings: dict[str, Any], seed: int, scratch: Path) -> tuple[Any, dic
         "layerwise": Layerwise(**given.pop("layerwise", {})),
         "blockwise": Blockwise(**given.pop("blockwise", {})),
     }
-    params = Weights(**COMMON, **given, seed=seed, hard_top1_weight=0.0, hard_full_weight=0.0)
+    params = Weights(**{**COMMON, **given}, seed=seed, hard_top1_weight=0.0, hard_full_weight=0.0)
     start = start_from_teacher(DATA / "teacher", DATA / "cache", model_spec(Quant(**SPEC)))
     train, val = (CacheReader(DATA / "cache" / split) for split in ("train", "val"))
     objective = objective_of(params, Distill(), train)
@@ -147,10 +152,11 @@ def main() -> None:
     """Train every method with every seed, in turns, and write ``results/methods.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30, help="end to end")
+    parser.add_argument("--steps", type=int, default=38, help="end to end")
     parser.add_argument("--layer-steps", type=int, default=2, help="layer by layer, each")
     parser.add_argument("--epochs", type=float, default=1.0, help="block by block")
-    parser.add_argument("--adaptive-epochs", type=float, default=0.95, help="before the extra ones")
+    parser.add_argument("--adaptive-epochs", type=float, default=0.927, help="before the extra ones")
+    parser.add_argument("--sequences", type=int, default=96, help="block by block: of the cache")
     parser.add_argument("--only", nargs="+", help="methods; all without it")
     options = parser.parse_args()
     on = machine()

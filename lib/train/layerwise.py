@@ -98,6 +98,8 @@ class LayerwiseMethod:
             TailBatches(reader, self._chains[name].before(block))
             for name, reader in (("train", self.train), ("val", self.val))
         )
+        # layers that trained on the same few sequences would all learn those by heart
+        params = self.params.model_copy(update={"seed": self.params.seed + block})
         return Trainer(
-            self.model, self.params, loss, train, val, self.device, scratch, trainables=trained
+            self.model, params, loss, train, val, self.device, scratch, trainables=trained
         )
