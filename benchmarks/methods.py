@@ -39,7 +39,7 @@ COMMON = {
     "checkpoint_every": 1000,
 }
 RATES = {"weight": 4e-4, "scale_direction": 2e-4, "scale_magnitude": 0.02}
-LOW_RATES = {"weight": 1e-4, "scale_direction": 1e-4, "scale_magnitude": 1e-3}
+BLOCK_RATES = {"weight": 4e-4, "scale_direction": 2e-4, "scale_magnitude": 5e-3}
 
 
 def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -52,15 +52,16 @@ def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "batch_size": 2,
             "eval_sequences": 4,
             "rates": RATES,
+            "layerwise": {"sequences": options.sequences},
         },
         "blockwise": {
             "method": "blockwise",
-            "rates": LOW_RATES,
+            "rates": BLOCK_RATES,
             "blockwise": {"epochs": options.epochs, "sequences": options.sequences},
         },
         "blockwise_adaptive": {
             "method": "blockwise",
-            "rates": LOW_RATES,
+            "rates": BLOCK_RATES,
             "blockwise": {
                 "epochs": options.adaptive_epochs,
                 "adaptive": 0.25,
@@ -152,11 +153,13 @@ def main() -> None:
     """Train every method with every seed, in turns, and write ``results/methods.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=38, help="end to end")
+    parser.add_argument("--steps", type=int, default=32, help="end to end")
     parser.add_argument("--layer-steps", type=int, default=2, help="layer by layer, each")
     parser.add_argument("--epochs", type=float, default=1.0, help="block by block")
-    parser.add_argument("--adaptive-epochs", type=float, default=0.927, help="before the extra ones")
-    parser.add_argument("--sequences", type=int, default=96, help="block by block: of the cache")
+    parser.add_argument(
+        "--adaptive-epochs", type=float, default=0.927, help="before the extra ones"
+    )
+    parser.add_argument("--sequences", type=int, default=64, help="layers and blocks: of the cache")
     parser.add_argument("--only", nargs="+", help="methods; all without it")
     options = parser.parse_args()
     on = machine()

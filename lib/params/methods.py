@@ -18,6 +18,8 @@ class Layerwise(Section):
     """Weight of the distillation loss at the end of the model. Default: the reference."""
     tokens: Count = 128
     """Positions per forward pass that the MLP is compared on. Default: the reference."""
+    sequences: CountOrZero = 0
+    """Training sequences that are used, from the first on; 0 = all."""
 
     @model_validator(mode="after")
     def _something_counts(self) -> Self:

@@ -59,7 +59,7 @@ class LayerwiseMethod:
                 device,
             )
             for name, reader, count in (
-                ("train", train, len(train)),
+                ("train", train, layerwise.sequences or len(train)),
                 ("val", val, params.eval_sequences),
             )
         }
@@ -74,7 +74,8 @@ class LayerwiseMethod:
 
     def epochs(self, step: int) -> float:
         """Passes over the training sequences."""
-        return step * self.params.batch_size * self.params.grad_accum / len(self.train)
+        together = self.params.batch_size * self.params.grad_accum
+        return step * together / len(self._chains["train"].ids)
 
     def held_out_kd(self) -> float:
         """Held-out KD of the whole model as it is now."""
