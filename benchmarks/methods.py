@@ -81,7 +81,7 @@ def _train(settings: dict[str, Any], seed: int, scratch: Path) -> tuple[Any, dic
     from lib.params.methods import Blockwise, Layerwise
     from lib.params.specs import model_spec
     from lib.params.training import Distill, Quant, Weights
-    from lib.train.by_block import train_by_block
+    from lib.train.by_block import Task, train_by_block
     from lib.train.loop import Trainer
     from lib.train.method import ByBlock
     from lib.train.run import objective_of, start_from_teacher
@@ -104,7 +104,7 @@ def _train(settings: dict[str, Any], seed: int, scratch: Path) -> tuple[Any, dic
     else:
         scores = Path("runs/sensitivity/scores.json")
         chosen = ByBlock(method=params.method, teacher=DATA / "teacher", scores=scores, **ways)
-        progress = train_by_block(chosen.make(*sets), scratch, lambda _: None)
+        progress = train_by_block(chosen.make(Task(*sets)), scratch, lambda _: None)
     return start.model, {
         "seconds": time.perf_counter() - began,
         "kd_before": progress.initial_loss,

@@ -18,7 +18,7 @@ from lib.params.base import Count, NotNegative, Positive, Section
 from lib.params.data import Run
 from lib.params.methods import Layerwise
 from lib.params.training import Scales
-from lib.train.by_block import train_by_block
+from lib.train.by_block import Task, train_by_block
 from lib.train.layerwise import LayerwiseMethod
 from lib.train.log import reporting, result_of
 
@@ -144,8 +144,8 @@ def _train_layers(
     steps, tokens = asked.max_steps * len(layers), params.batch_size * params.grad_accum
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        sets = (model, params, objective, train, val, device, scratch)
-        method = LayerwiseMethod(*sets, full=full, layerwise=layerwise, numbers=layers)
+        task = Task(model, params, objective, train, val, device, scratch)
+        method = LayerwiseMethod(task, full=full, layerwise=layerwise, numbers=layers)
         length = train.spec.max_length
         with reporting(
             "layers", steps, scratch, Run(), {}, tokens_per_step=tokens * length

@@ -6,6 +6,7 @@ Shapes: hidden states ``[B, L, D]``, right-padded sequences, no key/value cache.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import cast
@@ -123,12 +124,18 @@ class BlockLoader:
             return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        for name, empty in list(module.named_parameters()):
-            key = prefix + name
-            if key not in self._files:
-                raise CorruptError(f"{self.folder} holds no tensor {key}; rerun its stage")
-            with safe_open(self.folder / self._files[key], framework="pt") as file:
-                value = file.get_tensor(key).float()
+        wanted = dict(module.named_parameters())
+        for name in wanted:
+            if prefix + name not in self._files:
+                raise CorruptError(f"{self.folder} holds no tensor {prefix}{name}; rerun its stage")
+        with contextlib.ExitStack() as stack:
+            opened = {
+                file: stack.enter_context(safe_open(self.folder / file, framework="pt"))
+                for file in {self._files[prefix + name] for name in wanted}
+            }
+            found = {n: opened[self._files[prefix + n]].get_tensor(prefix + n) for n in wanted}
+        for name, empty in wanted.items():
+            key, value = prefix + name, found[name].float()
             if value.shape != empty.shape:
                 raise CorruptError(
                     f"{key} in {self.folder} has shape {list(value.shape)}, the model's is "

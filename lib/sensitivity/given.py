@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import read_json
-from lib.model.scores import block_of, block_scores, checked_scores, score_of
+from lib.model.blocks import block_prefix, decoder_blocks
+from lib.model.scores import block_scores, checked_scores, score_of
 from lib.model.surgery import projections
 
 KEY = "sensitivity_scores"
@@ -23,9 +24,8 @@ KEY = "sensitivity_scores"
 
 def block_names(model: PreTrainedModel) -> list[str]:
     """Names of the decoder blocks, ``model.layers.0`` and so on."""
-    layers = projections(model)
-    names = {block_of(name): name.partition(".layers.")[0] for name in layers}
-    return [f"{names[block]}.layers.{block}" for block in sorted(names)]
+    count = len(decoder_blocks(model))
+    return [block_prefix(model, number).removesuffix(".") for number in range(count)]
 
 
 def given_scores(path: Path, model: PreTrainedModel) -> dict[str, float]:

@@ -11,18 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from lib.cache.shards import CacheReader
-from lib.model.blocks import decoder_blocks, part
-from lib.objective.distillation import Objective
 from lib.objective.local import BlockBatches, BlockLoss
 from lib.params.methods import Blockwise
-from lib.params.training import TrainConfig
 from lib.train.activations import Blocks, Chain
-from lib.train.by_block import held_out_kd, trainables_of
+from lib.train.by_block import BlockMethod, Task, trainables_of
 from lib.train.loop import Trainer
 
 
@@ -32,7 +26,7 @@ def block_epochs(base: float, adaptive: float, scores: Sequence[float]) -> list[
     return [base * (1 + adaptive * ((s - low) / span if span > 0 else 0.0)) for s in scores]
 
 
-class BlockwiseMethod:
+class BlockwiseMethod(BlockMethod):
     """Block after block.
 
     Args:
@@ -42,65 +36,43 @@ class BlockwiseMethod:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        params: TrainConfig,
-        objective: Objective,
-        train: CacheReader,
-        val: CacheReader,
-        device: torch.device,
-        scratch: Path,
+        task: Task,
         *,
         full: Blocks,
         embeddings: nn.Module,
         blockwise: Blockwise,
         epochs: Sequence[float],
     ) -> None:
-        self.model, self.objective, self.val, self.device = model, objective, val, device
-        self.params, self.blockwise, self._epochs = params, blockwise, epochs
+        super().__init__(task)
+        self.blockwise, self._epochs = blockwise, epochs
         self._lengths: dict[str, Tensor] = {}
         self._chains: dict[tuple[str, str], Chain] = {}
-
-        def own(number: int) -> nn.Module:
-            return part(model, number, number + 1, norm=False)
-
-        counts = {"train": blockwise.sequences or len(train), "val": params.eval_sequences}
-        for split, reader in (("train", train), ("val", val)):
-            ids, self._lengths[split] = reader.sequences(counts[split])
+        for split, reader, count in (
+            ("train", task.train, blockwise.sequences or len(task.train)),
+            ("val", task.val, task.params.eval_sequences),
+        ):
+            ids, self._lengths[split] = reader.sequences(count)
             for kind, embed, blocks in (
-                ("own", model.get_input_embeddings(), own),
+                ("own", task.model.get_input_embeddings(), self.own),
                 ("full", embeddings, full),
             ):
                 self._chains[split, kind] = Chain(
-                    scratch / "hidden" / f"{split}-{kind}",
+                    task.scratch / "hidden" / f"{split}-{kind}",
                     ids,
-                    model.config.hidden_size,
+                    task.model.config.hidden_size,
                     embed,
                     blocks,
-                    device,
+                    task.device,
                 )
 
     @property
-    def _steps_per_epoch(self) -> float:
-        together = self.params.batch_size * self.params.grad_accum
-        return len(self._lengths["train"]) / together
-
-    def numbers(self) -> Sequence[int]:
-        """All blocks."""
-        return range(len(decoder_blocks(self.model)))
+    def sequences(self) -> int:
+        """Training sequences that are used."""
+        return len(self._lengths["train"])
 
     def steps(self, block: int) -> int:
         """Fractions of an epoch count: 2.5 epochs are two and a half passes."""
-        return max(1, round(self._epochs[block] * self._steps_per_epoch))
-
-    def epochs(self, step: int) -> float:
-        """Passes over the training sequences."""
-        return step / self._steps_per_epoch
-
-    def held_out_kd(self) -> float:
-        """Held-out KD of the whole model as it is now."""
-        return held_out_kd(
-            self.model, self.objective, self.val, self.params.eval_sequences, self.device
-        )
+        return max(1, round(self._epochs[block] * self.steps_per_epoch))
 
     def _data(self, split: str, block: int) -> BlockBatches:
         inputs = self._chains[split, "own"].before(block)
@@ -109,25 +81,24 @@ class BlockwiseMethod:
 
     def trainer(self, block: int, scratch: Path) -> Trainer:
         """The run of one block, judged after every epoch."""
-        trained = trainables_of(self.model, self.params, block)
-        steps = self.steps(block)
-        params = self.params.model_copy(
+        task, steps = self.task, self.steps(block)
+        trained = trainables_of(task.model, task.params, block)
+        params = task.params.model_copy(
             update={
                 "steps": steps,
-                "warmup_steps": min(self.params.warmup_steps, steps),
-                "eval_every": max(1, round(self._steps_per_epoch)),
+                "warmup_steps": min(task.params.warmup_steps, steps),
+                "eval_every": max(1, round(self.steps_per_epoch)),
                 "clip": self.blockwise.clip,
             }
         )
         train, val = (self._data(split, block) for split in ("train", "val"))
-        view = part(self.model, block, block + 1, norm=False)
         return Trainer(
-            view,
+            self.own(block),
             params,
             BlockLoss(),
             train,
             val,
-            self.device,
+            task.device,
             scratch,
             trainables=trained,
             patience=self.blockwise.patience,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,26 +35,61 @@ from lib.train.state import Progress
 Row = dict[str, float | int | None]
 
 
-class BlockMethod(Protocol):
-    """How blocks train."""
+@dataclass(frozen=True)
+class Task:
+    """A model, what it learns from, and where; the first arguments of a :class:`Trainer`."""
 
     model: PreTrainedModel
+    params: TrainConfig
+    objective: Objective
+    train: CacheReader
+    val: CacheReader
     device: torch.device
+    scratch: Path
+
+
+class BlockMethod(ABC):
+    """How blocks train."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def own(self, number: int) -> PreTrainedModel:
+        """A block of the model that trains, as a part of its own."""
+        return part(self.task.model, number, number + 1, norm=False)
 
     def numbers(self) -> Sequence[int]:
-        """The blocks that train, ascending."""
-
-    def steps(self, block: int) -> int:
-        """Optimizer steps of a block."""
+        """The blocks that train, ascending: all of them."""
+        return range(len(decoder_blocks(self.task.model)))
 
     def epochs(self, step: int) -> float:
         """Passes over the training sequences that so many steps are."""
+        return step / self.steps_per_epoch
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of one pass."""
+        params = self.task.params
+        return self.sequences / (params.batch_size * params.grad_accum)
+
+    @property
+    @abstractmethod
+    def sequences(self) -> int:
+        """Training sequences that are used."""
+
+    @abstractmethod
+    def steps(self, block: int) -> int:
+        """Optimizer steps of a block."""
+
+    @abstractmethod
     def trainer(self, block: int, scratch: Path) -> Trainer:
         """The run that trains a block; those before it are done."""
 
     def held_out_kd(self) -> float:
         """Held-out KD of the whole model as it is now."""
+        task = self.task
+        count = task.params.eval_sequences
+        return held_out_kd(task.model, task.objective, task.val, count, task.device)
 
 
 def trainables_of(model: PreTrainedModel, params: TrainConfig, block: int) -> list[Trainable]:
@@ -197,15 +233,15 @@ def train_by_block(method: BlockMethod, scratch: Path, report: Report) -> Progre
     overall = Progress(initial_loss=initial, best_loss=initial, last_loss=initial)
     overall.rows.append({"step": 0, "val_kd_loss": overall.initial_loss})
     for block in method.numbers():
-        rows = _take(method.model, block, folder)
+        before = list(overall.rows)
+        rows = _take(method.task.model, block, folder)
         if rows is None:
             inside = scratch / f"block-{block:03d}"
             rows = _train_one(method, block, inside, overall, report)
-            overall.rows = [row for row in overall.rows if row.get("block") != block]
-            _keep(method.model, block, folder, rows)
+            _keep(method.task.model, block, folder, rows)
             shutil.rmtree(inside, ignore_errors=True)
-        overall.rows += rows
-        overall.step = max(int(row["step"] or 0) for row in overall.rows)
+        overall.rows = before + rows
+        overall.step = int(rows[-1]["step"] or 0)
     overall.last_loss = overall.best_loss = method.held_out_kd()
     overall.best_step = overall.step
     overall.rows.append({"step": overall.step, "val_kd_loss": overall.best_loss})

@@ -10,21 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from lib.cache.shards import CacheReader
-from lib.model.blocks import decoder_blocks, part
-from lib.objective.distillation import Objective
+from lib.model.blocks import decoder_blocks
 from lib.objective.local import LayerLoss, TailBatches
 from lib.params.methods import Layerwise
-from lib.params.training import TrainConfig
 from lib.train.activations import Blocks, Chain
-from lib.train.by_block import held_out_kd, trainables_of
+from lib.train.by_block import BlockMethod, Task, trainables_of
 from lib.train.loop import Trainer
 
 
-class LayerwiseMethod:
+class LayerwiseMethod(BlockMethod):
     """Layer after layer, ``params.steps`` steps each.
 
     Args:
@@ -34,73 +28,61 @@ class LayerwiseMethod:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        params: TrainConfig,
-        objective: Objective,
-        train: CacheReader,
-        val: CacheReader,
-        device: torch.device,
-        scratch: Path,
+        task: Task,
         *,
         full: Blocks,
         layerwise: Layerwise,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        self.model, self.full, self.objective, self.device = model, full, objective, device
-        self.train, self.val, self.params, self.layerwise = train, val, params, layerwise
-        self._numbers = numbers
+        super().__init__(task)
+        self.full, self.layerwise, self._numbers = full, layerwise, numbers
         self._chains = {
             name: Chain(
-                scratch / "hidden" / name,
+                task.scratch / "hidden" / name,
                 reader.sequences(count)[0],
-                model.config.hidden_size,
-                model.get_input_embeddings(),
-                lambda number: part(model, number, number + 1, norm=False),
-                device,
+                task.model.config.hidden_size,
+                task.model.get_input_embeddings(),
+                self.own,
+                task.device,
             )
             for name, reader, count in (
-                ("train", train, layerwise.sequences or len(train)),
-                ("val", val, params.eval_sequences),
+                ("train", task.train, layerwise.sequences or len(task.train)),
+                ("val", task.val, task.params.eval_sequences),
             )
         }
 
     def numbers(self) -> Sequence[int]:
         """All layers, or those that were asked for."""
-        return self._numbers or range(len(decoder_blocks(self.model)))
+        return self._numbers or super().numbers()
+
+    @property
+    def sequences(self) -> int:
+        """Training sequences that are used."""
+        return len(self._chains["train"].ids)
 
     def steps(self, block: int) -> int:
         """The same for every layer."""
-        return self.params.steps
-
-    def epochs(self, step: int) -> float:
-        """Passes over the training sequences."""
-        together = self.params.batch_size * self.params.grad_accum
-        return step * together / len(self._chains["train"].ids)
-
-    def held_out_kd(self) -> float:
-        """Held-out KD of the whole model as it is now."""
-        return held_out_kd(
-            self.model, self.objective, self.val, self.params.eval_sequences, self.device
-        )
+        return self.task.params.steps
 
     def trainer(self, block: int, scratch: Path) -> Trainer:
         """The run of one layer."""
-        trained = trainables_of(self.model, self.params, block)
+        task = self.task
+        trained = trainables_of(task.model, task.params, block)
         full: Any = decoder_blocks(self.full(block))[0]
         loss = LayerLoss(
-            objective=self.objective,
+            objective=task.objective,
             block=block,
-            mlp=full.mlp.to(self.device),
+            mlp=full.mlp.to(task.device),
             local_weight=self.layerwise.local_weight,
             global_weight=self.layerwise.global_weight,
             tokens=self.layerwise.tokens,
         )
         train, val = (
             TailBatches(reader, self._chains[name].before(block))
-            for name, reader in (("train", self.train), ("val", self.val))
+            for name, reader in (("train", task.train), ("val", task.val))
         )
         # layers that trained on the same few sequences would all learn those by heart
-        params = self.params.model_copy(update={"seed": self.params.seed + block})
+        params = task.params.model_copy(update={"seed": task.params.seed + block})
         return Trainer(
-            self.model, params, loss, train, val, self.device, scratch, trainables=trained
+            task.model, params, loss, train, val, task.device, scratch, trainables=trained
         )

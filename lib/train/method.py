@@ -6,19 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
 from lib.base.errors import MismatchError
-from lib.cache.shards import CacheReader
 from lib.model.blocks import BlockLoader, decoder_blocks
 from lib.model.load import folder_fingerprint
 from lib.model.scores import block_scores, read_scores
-from lib.objective.distillation import Objective
 from lib.params.methods import Blockwise, Layerwise
-from lib.params.training import Method, TrainConfig
+from lib.params.training import Method
 from lib.train.blockwise import BlockwiseMethod, block_epochs
-from lib.train.by_block import BlockMethod
+from lib.train.by_block import BlockMethod, Task
 from lib.train.layerwise import LayerwiseMethod
 
 
@@ -54,27 +49,17 @@ class ByBlock:
             )
         return {"scores": read_scores(self.scores)} if self.blockwise.adaptive else {}
 
-    def make(
-        self,
-        model: PreTrainedModel,
-        params: TrainConfig,
-        objective: Objective,
-        train: CacheReader,
-        val: CacheReader,
-        device: torch.device,
-        scratch: Path,
-    ) -> BlockMethod:
+    def make(self, task: Task) -> BlockMethod:
         """The method on one model and cache."""
         loader = BlockLoader(self.teacher)
-        sets = (model, params, objective, train, val, device, scratch)
         if self.method == "layerwise":
-            return LayerwiseMethod(*sets, full=loader.block, layerwise=self.layerwise)
+            return LayerwiseMethod(task, full=loader.block, layerwise=self.layerwise)
         return BlockwiseMethod(
-            *sets,
+            task,
             full=loader.block,
             embeddings=loader.embeddings(),
             blockwise=self.blockwise,
-            epochs=self._epochs(len(decoder_blocks(model))),
+            epochs=self._epochs(len(decoder_blocks(task.model))),
         )
 
     def _epochs(self, blocks: int) -> list[float]:

@@ -24,7 +24,7 @@ from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
-from lib.train.by_block import BlockMethod, train_by_block
+from lib.train.by_block import BlockMethod, Task, train_by_block
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Report, Trainer
 from lib.train.method import ByBlock
@@ -155,7 +155,7 @@ def train_stage(
             else:
                 model, progress = (
                     start.model,
-                    _block_after_block(by_block.make(*sets), scratch, report),
+                    _block_after_block(by_block.make(Task(*sets)), scratch, report),
                 )
         except NonFiniteError as error:
             raise NonFiniteError(

@@ -18,7 +18,7 @@ from lib.objective.loss import held_out_loss
 from lib.params.methods import Blockwise, Layerwise
 from lib.params.training import TrainConfig
 from lib.train.blockwise import BlockwiseMethod, block_epochs
-from lib.train.by_block import BlockMethod, held_out_kd, train_by_block, trainables_of
+from lib.train.by_block import BlockMethod, Task, held_out_kd, train_by_block, trainables_of
 from lib.train.layerwise import LayerwiseMethod
 from lib.train.state import Progress
 from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of, tiny_model
@@ -47,12 +47,12 @@ def method_of(
     def full(number: int) -> torch.nn.Module:
         return part(teacher, number, number + 1, norm=False)
 
-    sets = (model, params, objective, train, val, CPU, scratch)
+    task = Task(model, params, objective, train, val, CPU, scratch)
     if name == "layerwise":
-        return LayerwiseMethod(*sets, full=full, layerwise=Layerwise(**changes))
+        return LayerwiseMethod(task, full=full, layerwise=Layerwise(**changes))
     epochs = changes.pop("each", [changes.get("epochs", 2.0)] * 2)
     return BlockwiseMethod(
-        *sets,
+        task,
         full=full,
         embeddings=teacher.get_input_embeddings(),
         blockwise=Blockwise(**changes),

@@ -13,7 +13,7 @@ from lib.objective.distillation import make_objective
 from lib.params.methods import Blockwise, Layerwise
 from lib.params.training import Method
 from lib.train.blockwise import BlockwiseMethod
-from lib.train.by_block import BlockMethod
+from lib.train.by_block import BlockMethod, Task
 from lib.train.layerwise import LayerwiseMethod
 from lib.train.method import ByBlock, by_block
 from tests.tiny_models import CPU, make_caches, quantized, readers, tiny_model
@@ -42,8 +42,8 @@ def chosen(place: Path, method: Method, **blockwise: float) -> ByBlock:
 def make(place: Path, tmp_path: Path, method: Method, **blockwise: float) -> BlockMethod:
     train, val = readers(place)
     objective = make_objective(train, temperature=2.0, target="candidates")
-    sets = (quantized(), config(), objective, train, val, CPU, tmp_path)
-    return chosen(place, method, **blockwise).make(*sets)
+    task = Task(quantized(), config(), objective, train, val, CPU, tmp_path)
+    return chosen(place, method, **blockwise).make(task)
 
 
 def test_end_to_end_is_none(place: Path) -> None:
