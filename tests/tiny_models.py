@@ -17,6 +17,7 @@ from transformers import (
 
 from lib.cache.shards import CacheReader
 from lib.capture.build import build_cache
+from lib.model.load import folder_fingerprint
 from lib.model.surgery import quantize_model
 from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
 from tests.capture.tiny import LENGTH, PAD, VOCAB, Rows, tiny_config, tiny_spec
@@ -91,6 +92,14 @@ def make_caches(
             shard_sequences=8,
             device=CPU,
         )
+    return folder
+
+
+def make_place(folder: Path) -> Path:
+    """``folder/teacher``, the tiny model as the stage teacher leaves it, and ``folder/cache``."""
+    tiny_model().save_pretrained(folder / "teacher")
+    (folder / "teacher/tokenizer.json").write_text("{}")
+    make_caches(folder / "cache", teacher=folder_fingerprint(folder / "teacher"))
     return folder
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib.base.errors import InputError, MismatchError
-from lib.model.load import folder_fingerprint, load_causal_lm
+from lib.model.load import load_causal_lm
 from lib.model.scores import block_scores, read_scores
 from lib.model.surgery import quantized_layers
 from lib.objective.distillation import make_objective
@@ -23,7 +23,14 @@ from lib.quant.spec import ModelSpec
 from lib.sensitivity.fisher import drawn_rows, fisher_scores
 from lib.sensitivity.perturbation import perturbation_scores
 from lib.sensitivity.run import sensitivity_stage
-from tests.tiny_models import CPU, linear_spec, make_caches, model_spec, readers, tiny_model
+from tests.tiny_models import (
+    CPU,
+    linear_spec,
+    make_place,
+    model_spec,
+    readers,
+    tiny_model,
+)
 
 SPEC = model_spec(lut_size=4)
 CALIBRATED = ModelSpec(
@@ -34,11 +41,7 @@ CALIBRATED = ModelSpec(
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``teacher`` (a folder as the teacher stage leaves it) and ``cache``."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny_model().save_pretrained(folder / "teacher")
-    (folder / "teacher/tokenizer.json").write_text("{}")
-    make_caches(folder / "cache", teacher=folder_fingerprint(folder / "teacher"))
-    return folder
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def stage(

@@ -25,6 +25,7 @@ from tests.tiny_models import (
     linear_spec,
     logits_of,
     make_caches,
+    make_place,
     model_spec,
     quantized,
     same,
@@ -39,11 +40,7 @@ QUIET = Run(device="cpu", log_every=2)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``teacher`` (a folder as the teacher stage leaves it) and ``cache``."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny_model().save_pretrained(folder / "teacher")
-    (folder / "teacher/tokenizer.json").write_text("{}")
-    make_caches(folder / "cache", teacher=folder_fingerprint(folder / "teacher"))
-    return folder
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(autouse=True)
