@@ -6,8 +6,8 @@ import contextlib
 import errno
 import os
 import sys
-import time
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class LutqatError(Exception):
@@ -70,11 +70,22 @@ def _is_disk_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in numbers)
 
 
-def _let_the_first_process_speak() -> None:
-    """Of several processes with the same trouble one message is enough: when the first ends, the
-    launcher stops the others within this pause."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+def _speaks() -> bool:
+    """Whether this process is to tell the error: of several with the same trouble only the first.
+
+    The launcher (torchrun, ``accelerate launch``) gives each process a folder of its own for error
+    files; the folder above it is common to them. Whoever makes the file there speaks.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if not own or own == os.devnull:
+        return True
+    try:
+        (Path(own).parent.parent / "lutqat_error").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than not at all
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -87,17 +98,18 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except LutqatError as error:
-        _let_the_first_process_speak()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if not _is_disk_full(error):
             raise
         name = error.filename if isinstance(error, OSError) else None
         where = f" while writing {name}" if name else ""
-        print(
-            f"error: no space left on the disk{where}; free some space and run the same command "
-            "again, finished work is kept",
-            file=sys.stderr,
-        )
+        if _speaks():
+            print(
+                f"error: no space left on the disk{where}; free some space and run the same "
+                "command again, finished work is kept",
+                file=sys.stderr,
+            )
         raise SystemExit(DISK_FULL_EXIT_CODE) from None

@@ -6,6 +6,7 @@ prefers for each operation, and predictions do not tell where they ran.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ import typer
 
 from lib.cli import mac_runtime
 from lib.cli.mac_runtime import CoreMLRuntime, Placement, Units
-from lib.export.names import EXPECTED, FUNCTIONS, PACKAGE
+from lib.export.names import EXPECTED, FUNCTIONS, PACKAGE, SETTINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,7 +144,7 @@ def read_expected(folder: Path) -> Expected:
     path = folder / EXPECTED
     try:
         with safe_open(str(path), "pt") as file:
-            settings = file.metadata() or {}
+            settings = json.loads((file.metadata() or {})[SETTINGS])
             ids, logits = (file.get_tensor(name) for name in ("ids", "logits"))
         tokens, slots = (int(settings[name]) for name in ("tokens", "slots"))
     except (SafetensorError, KeyError, ValueError) as error:

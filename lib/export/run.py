@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lib.export.coreml import save_package
 from lib.export.gate import calls, check_package, compare, model_logits
 from lib.export.graph import DeployedDecoder, cache_of, join_logits, step_inputs
 from lib.export.huggingface import save_huggingface
-from lib.export.names import AIMODEL, EXPECTED, PACKAGE
+from lib.export.names import AIMODEL, EXPECTED, PACKAGE, SETTINGS
 from lib.export.package import Package
 from lib.export.report import ExportReport
 from lib.model.checkpoint import load_checkpoint
@@ -116,11 +117,12 @@ def _export_coreml(
     report.logits["coreml"] = check_package(
         package, decoder, model, expected, ids, tokens=tokens, max_kl=params.max_kl
     )
-    # what a Mac compares its predictions with
+    # What a Mac compares its predictions with. One key: safetensors keeps no order of several.
+    settings = {"tokens": tokens, "slots": params.context}
     save_file(
         {"ids": torch.tensor(ids, dtype=torch.int32), "logits": expected.half().contiguous()},
         place / EXPECTED,
-        metadata={"tokens": str(tokens), "slots": str(params.context)},
+        metadata={SETTINGS: json.dumps(settings)},
     )
 
 

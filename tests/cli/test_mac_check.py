@@ -20,6 +20,7 @@ from lib.cli import mac_runtime
 from lib.cli.mac_runtime import CoreMLRuntime, Placement, Units
 from lib.export import layers
 from lib.export.graph import DeployedDecoder
+from lib.export.names import SETTINGS
 from lib.snap.snap import snap_model
 from tests.cli.run import Outcome, lutqat
 from tests.tiny_models import VOCAB, quantized
@@ -90,11 +91,11 @@ def folder(tmp_path: Path, made: Any) -> Path:
     return tmp_path
 
 
-def store(folder: Path, ids: torch.Tensor, logits: torch.Tensor, **changes: str) -> None:
+def store(folder: Path, ids: torch.Tensor, logits: torch.Tensor, slots: int | str = SLOTS) -> None:
     save_file(
         {"ids": ids.int(), "logits": logits.half()},
         folder / command.EXPECTED,
-        metadata={"tokens": str(TOKENS), "slots": str(SLOTS), **changes},
+        metadata={SETTINGS: json.dumps({"tokens": TOKENS, "slots": slots})},
     )
 
 
@@ -254,7 +255,7 @@ def test_bad_folders(folder: Path, on_a_mac: TorchRuntime, made: Any) -> None:
     store(folder, made[1], made[2], slots="many")
     with pytest.raises(CorruptError, match="many"):
         command.read_expected(folder)
-    store(folder, made[1], made[2], slots="12")
+    store(folder, made[1], made[2], slots=12)
     with pytest.raises(CorruptError, match="13 ids .* cache of 12"):
         command.read_expected(folder)
     store(folder, made[1], made[2][:5])

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from lib.base.errors import CorruptError, InputError, MismatchError
-from lib.export.names import EXPECTED, PACKAGE
+from lib.export.names import EXPECTED, PACKAGE, SETTINGS
 from lib.export.package import Package
 from lib.export.run import export_model
 from lib.model.checkpoint import save_checkpoint
@@ -47,7 +47,7 @@ def test_every_format_is_written_and_checked(source: Path) -> None:
     assert set(report.folders) == {"coreml", "anemll"}
     assert {p.name for p in (source / "packages").iterdir()} == {"coreml", "anemll"}
     with safe_open(source / "packages" / "coreml" / EXPECTED, "pt") as file:
-        assert file.metadata() == {"tokens": str(TOKENS), "slots": str(SLOTS)}
+        assert file.metadata() == {SETTINGS: json.dumps({"tokens": TOKENS, "slots": SLOTS})}
         assert file.get_tensor("ids").tolist() == IDS
         assert file.get_tensor("logits").dtype == torch.float16
 
