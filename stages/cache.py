@@ -30,6 +30,8 @@ def main(teacher: Path, tokens: Path, out: Path) -> None:
     model = load_causal_lm(teacher)
     marks = {"teacher": folder_fingerprint(teacher), "tokenizer": tokenizer_fingerprint(teacher)}
     sets = {split: TokenSet(tokens / split) for split in ("train", "val")}
+    if wanted.train_sequences:
+        sets["train"] = sets["train"].first(wanted.train_sequences)
     specs = {
         split: CacheSpec(
             **marks,

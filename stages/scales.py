@@ -1,6 +1,6 @@
 """scales: indices frozen, the scales learn to undo what rounding did.
 
-Usage: python -m stages.scales TEACHER CACHE SCORES OUT
+Usage: python -m stages.scales TEACHER CACHE TOKENS SCORES OUT
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from lib.params.load import stage_params
 from lib.params.specs import model_spec
 from lib.train.method import by_block
 from lib.train.run import start_from_teacher, train_stage
+from lib.train.source import live_teacher
 
 
-def main(teacher: Path, cache: Path, scores: Path, out: Path) -> None:
+def main(teacher: Path, cache: Path, tokens: Path, scores: Path, out: Path) -> None:
     """Quantize the teacher and train its scales."""
     params = stage_params("scales")
     if start_workers("scales", params.run.processes):
@@ -30,6 +31,7 @@ def main(teacher: Path, cache: Path, scores: Path, out: Path) -> None:
         run=params.run,
         tokenizer_from=teacher,
         declared=params.declared_fingerprint(),
+        live=live_teacher(params.distill, teacher, tokens),
         by_block=by_block(
             params.scales.method, teacher, scores, params.layerwise, params.blockwise
         ),

@@ -34,6 +34,7 @@ def main(teacher: Path, out: Path) -> None:
                 folder,
                 rows.input_ids,
                 rows.lengths,
+                rows.prompt,
                 split=split,
                 vocab_size=vocab_size,
                 pad_id=pad_id,

@@ -1,6 +1,6 @@
 """weights: scales frozen, the weights learn through a straight-through estimator.
 
-Usage: python -m stages.weights CHECKPOINT CACHE TEACHER SCORES OUT
+Usage: python -m stages.weights CHECKPOINT CACHE TEACHER TOKENS SCORES OUT
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.train.method import by_block
 from lib.train.run import start_from_checkpoint, train_stage
+from lib.train.source import live_teacher
 
 
-def main(checkpoint: Path, cache: Path, teacher: Path, scores: Path, out: Path) -> None:
+def main(
+    checkpoint: Path, cache: Path, teacher: Path, tokens: Path, scores: Path, out: Path
+) -> None:
     """Train a checkpoint as the section `weights` says."""
     params = stage_params("weights")
     if start_workers("weights", params.run.processes):
@@ -29,6 +32,7 @@ def main(checkpoint: Path, cache: Path, teacher: Path, scores: Path, out: Path) 
         run=params.run,
         tokenizer_from=checkpoint,
         declared=params.declared_fingerprint(),
+        live=live_teacher(params.distill, teacher, tokens),
         by_block=by_block(
             params.weights.method, teacher, scores, params.layerwise, params.blockwise
         ),

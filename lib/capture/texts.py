@@ -16,7 +16,7 @@ from lib.cache.spec import CacheSpec
 from lib.capture.build import build_cache
 from lib.model.load import tokenizer_fingerprint
 from lib.text.build import pad_id_of
-from lib.text.pack import Packer
+from lib.text.pack import Encoded, Packer
 from lib.text.sequences import TokenSet, write_tokens
 
 
@@ -117,14 +117,14 @@ def _write_rows(
     packer = Packer(max_length, pad_id_of(tokenizer), packing=True, limit=None)
     for ids in tokenizer(texts, verbose=False)["input_ids"]:
         closed = end is None or (ids and ids[-1] == end)
-        packer.add([ids if closed else [*ids, end]])
-    rows, lengths = packer.rows()
+        packer.add([Encoded(ids if closed else [*ids, end])])
+    rows = packer.rows()
     if not len(rows):
         raise InputError(f"the texts of the {split} split are too short; give longer ones")
     write_tokens(
         folder,
-        rows,
-        lengths,
+        rows.input_ids,
+        rows.lengths,
         split=split,
         vocab_size=len(tokenizer),
         pad_id=pad_id_of(tokenizer),

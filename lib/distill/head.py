@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # positions at a time; bounds a chunk's memory to CHUNK * V floats
@@ -87,3 +88,74 @@ def full_vocabulary(
                 checkpoint(_full_chunk, h, head, label, best, temperature, use_reentrant=False)
             )
     return FullVocabulary(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class FullDistillation(NamedTuple):
+    """Losses over the whole vocabulary with the teacher at hand, each ``[P]``."""
+
+    kd: Tensor  # T^2 KL(teacher || student) at T
+    label: Tensor  # cross entropy on the labels
+    top1: Tensor  # cross entropy on the teacher's first choice
+
+
+def _distillation_chunk(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = hidden @ head.T
+    wanted = teacher_hidden @ teacher_head.T
+    teacher = (wanted / temperature).log_softmax(dim=1)
+    student = (logits / temperature).log_softmax(dim=1)
+    kd = temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=1)
+    total = logits.logsumexp(dim=1)
+    best = wanted.argmax(dim=1, keepdim=True)
+    return (
+        kd,
+        total - logits.gather(1, labels[:, None]).squeeze(1),
+        total - logits.gather(1, best).squeeze(1),
+    )
+
+
+def full_distillation(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> FullDistillation:
+    """Both models' logits chunk by chunk, recomputed in backward; the teacher gets no gradient.
+
+    Args:
+        hidden: ``[P, D]``; head: ``[V, D]``; teacher_hidden: ``[P, D_t]``; teacher_head:
+            ``[V, D_t]``; labels: ids ``[P]``.
+    """
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for h, t, label in zip(
+            hidden.float().split(CHUNK),
+            teacher_hidden.detach().float().split(CHUNK),
+            labels.split(CHUNK),
+            strict=True,
+        ):
+            chunk = (h, head, t, teacher_head, label, temperature)
+            parts.append(checkpoint(_distillation_chunk, *chunk, use_reentrant=False))
+    return FullDistillation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def label_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy ``[P]`` on the labels ``[P]``, chunk by chunk, recomputed in backward."""
+
+    def chunk(h: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(h @ head.T, label, reduction="none")
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [
+            checkpoint(chunk, h, label, use_reentrant=False)
+            for h, label in zip(hidden.float().split(CHUNK), labels.split(CHUNK), strict=True)
+        ]
+    return torch.cat(parts)

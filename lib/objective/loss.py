@@ -54,8 +54,9 @@ class Loss(Protocol):
     def __call__(self, model: Any, batch: Any) -> LossSums:
         """Loss sums of one batch."""
 
-    def measured(self) -> Self:
-        """The same without terms that held-out text is not judged by."""
+    def measured(self) -> Loss:
+        """What held-out text is judged by: the same without other terms, or another loss on other
+        batches."""
 
 
 class LossModule(nn.Module):

@@ -171,6 +171,9 @@ class Cache(Section):
     ] = (1.0, 2.0)
     """Temperatures whose full-vocabulary log-sum-exp is kept; `distill.target: tail` needs
     `distill.temperature` among them."""
+    train_sequences: CountOrZero = 0
+    """Train sequences that are cached, the first ones; 0 = all. Where `distill.source` is `teacher`
+    a few are enough: calibration, `sensitivity` and `convert` use no more."""
     batch_size: Count = 8
     """Sequences per forward pass of the teacher."""
     shard_sequences: Count = 64

@@ -21,6 +21,7 @@ from lib.params.training import (
     Scales,
     Weights,
     check_convert,
+    check_source,
     check_training,
 )
 
@@ -120,6 +121,8 @@ class Params(Section):
                     f"run.processes = {self.run.processes}: {name}.method is {method}, which "
                     "trains in one process; set it to 1, or the method to e2e"
                 )
+        check_source(self.distill, {"scales": self.scales, "weights": self.weights})
+        check_source(self.distill, {"finetune": self.finetune, "finetune_q2": self.finetune_q2})
         for name in ("scales", "weights", "finetune"):
             check_training(
                 name, getattr(self, name), self.quant.codebook, attention=self.quant.attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -69,10 +70,13 @@ class Quant(Section):
 class Distill(Section):
     """The distillation loss, shared by every training stage."""
 
+    source: Literal["cache", "teacher"] = "cache"
+    """`cache`: the teacher's stored top-k; `teacher`: the teacher runs in every step, on all of
+    `tokens.train` and over the whole vocabulary. Held-out text is judged by the cache either way."""
     temperature: Positive = 2.0
     """Temperature T of both softmaxes; the loss is scaled by T squared (Hinton et al. 2015)."""
     target: Literal["candidates", "tail"] = "candidates"
-    """`candidates`: renormalized over the cached candidates; `tail`: everything else is one more
+    """Of the cache. `candidates`: renormalized over the cached candidates; `tail`: everything else is one more
     class, from the cached log-sum-exp."""
 
 
@@ -305,3 +309,25 @@ def check_training(name: str, config: TrainConfig, codebook: str, *, attention: 
             f"{name}.freeze_value_output = true: attention is not quantized (quant.attention is "
             "false), so it never trains; set it to false"
         )
+
+
+def check_source(distill: Distill, sections: Mapping[str, TrainConfig]) -> None:
+    """Rules between `distill.source` and training sections by name.
+
+    Raises:
+        ValueError: the teacher is to be asked itself, and a section needs its cache.
+    """
+    if distill.source == "cache":
+        return
+    for name, config in sections.items():
+        if isinstance(config, Scales | Weights) and config.method != "e2e":
+            raise ValueError(
+                f"{name}.method = {config.method}: distill.source is teacher, which trains end to "
+                "end only; set it to e2e, or distill.source to cache"
+            )
+        if config.hard_top1_weight and config.steps:
+            raise ValueError(
+                f"{name}.hard_top1_weight = {config.hard_top1_weight}: distill.source is teacher, "
+                "which has no candidates; set it to 0 and use hard_full_weight, or distill.source "
+                "to cache"
+            )

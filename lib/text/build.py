@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib.base.errors import InputError
 from lib.base.progress import track
-from lib.text.chat import render
+from lib.text.chat import Rendered, render
 from lib.text.documents import Document, Instruction, Source, read_source
-from lib.text.pack import Packer
+from lib.text.pack import Encoded, Packer, Rows
 from lib.text.split import SPLITS, Split, canonical, split_of
 
 HELD_OUT_CHARACTERS = 4000
@@ -52,14 +52,6 @@ class Settings(Protocol):
     def test_sequences(self) -> int: ...
     @property
     def seed(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """input_ids int32 [N, L] and lengths int32 [N] of one split."""
-
-    input_ids: NDArray[np.int32]
-    lengths: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ class _Reading:
     def run(self) -> None:
         """Read until the source ends or nothing more is wanted of it."""
         while batch := list(itertools.islice(self._items, _BATCH)):
-            texts: dict[Split, list[str]] = {split: [] for split in SPLITS}
+            texts: dict[Split, list[Rendered]] = {split: [] for split in SPLITS}
             for item in batch:
                 self._sort(item, texts)
             for split, packer in self.packers.items():
@@ -149,13 +141,13 @@ class _Reading:
             if self._stream_room <= 0 and all(p.full for p in self.packers.values()):
                 return
 
-    def _sort(self, item: Document | Instruction, texts: dict[Split, list[str]]) -> None:
+    def _sort(self, item: Document | Instruction, texts: dict[Split, list[Rendered]]) -> None:
         split = self._split(item)
         if self.packers[split].full and (split != "test" or self._stream_room <= 0):
             return
-        for text in render(self._tokenizer, item, self._source):
+        for text, prompt in render(self._tokenizer, item, self._source):
             kept = text if split == "train" else beginning(text, HELD_OUT_CHARACTERS)
-            texts[split].append(kept)
+            texts[split].append(Rendered(kept, min(prompt, len(kept))))
             if split == "test" and self._stream_room > 0:
                 self.stream.append(kept)
                 self._stream_room -= len(kept)
@@ -166,14 +158,27 @@ class _Reading:
         settings = self._settings
         return split_of(item.title, settings.val_fraction, settings.test_fraction)
 
-    def _encode(self, texts: list[str]) -> Iterator[list[int]]:
+    def _encode(self, texts: list[Rendered]) -> Iterator[Encoded]:
         """Token lists. A chat text writes its special tokens out; others end with the end token."""
         chat = self._source.format == "alpaca_chat"
-        encoded = self._tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
+        encoded = self._tokens([item.text for item in texts], special=not chat)
+        prompts = self._tokens([item.text[: item.prompt] for item in texts], special=not chat)
         end = self._tokenizer.eos_token_id
-        for tokens in encoded:
+        for tokens, prompt in zip(encoded, prompts, strict=True):
+            # a token across the border is the answer's
+            shared = sum(1 for _ in itertools.takewhile(_equal, zip(tokens, prompt, strict=False)))
             closed = chat or end is None or (tokens and tokens[-1] == end)
-            yield tokens if closed else [*tokens, end]
+            yield Encoded(tokens if closed else [*tokens, end], shared if prompt else 0)
+
+    def _tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]
+        return [tokens if text else [] for text, tokens in zip(texts, found, strict=True)]
+
+
+def _equal(pair: tuple[int, int]) -> bool:
+    return pair[0] == pair[1]
 
 
 def beginning(text: str, characters: int) -> str:
@@ -195,16 +200,14 @@ def pad_id_of(tokenizer: Tokenizer) -> int:
 
 def _merge(split: Split, readings: list[_Reading], settings: Settings) -> Rows:
     """The rows of all sources in a seeded order, up to the split's cap."""
-    parts = [part for reading in readings if len((part := reading.packers[split].rows())[1])]
+    parts = [part for reading in readings if len(part := reading.packers[split].rows())]
     if not parts:
         raise InputError(f"the {split} split has no rows; {_REMEDY[split]}")
     generator = np.random.default_rng((settings.seed, SPLITS.index(split)))
     caps = {"train": None, "val": settings.val_sequences, "test": settings.test_sequences}
-    shares = equal_shares([len(lengths) for _, lengths in parts], caps[split])
-    input_ids = np.concatenate([ids[:n] for (ids, _), n in zip(parts, shares, strict=True)])
-    lengths = np.concatenate([length[:n] for (_, length), n in zip(parts, shares, strict=True)])
-    order = generator.permutation(len(lengths))
-    return Rows(input_ids[order], lengths[order])
+    shares = equal_shares([len(part) for part in parts], caps[split])
+    rows = Rows.join([part[:share] for part, share in zip(parts, shares, strict=True)])
+    return rows[generator.permutation(len(rows))]
 
 
 _REMEDY = {

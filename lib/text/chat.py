@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -15,7 +16,14 @@ _ALPACA_TASK = "Write a response that appropriately completes the request."
 _MARK = "lutqat-answer"  # stands for the answer while the template's end of a turn is looked up
 
 
-def alpaca_text(item: Instruction) -> str:
+class Rendered(NamedTuple):
+    """A text, and how many of its first characters are the prompt of what follows."""
+
+    text: str
+    prompt: int = 0
+
+
+def alpaca_text(item: Instruction) -> Rendered:
     """Prompt and answer in the format of Stanford Alpaca (Taori et al. 2023)."""
     if item.input.strip():
         head = f"{_ALPACA_HEAD}, paired with an input that provides further context. {_ALPACA_TASK}"
@@ -23,10 +31,11 @@ def alpaca_text(item: Instruction) -> str:
     else:
         head = f"{_ALPACA_HEAD}. {_ALPACA_TASK}"
         middle = f"### Instruction:\n{item.instruction}"
-    return f"{head}\n\n{middle}\n\n### Response:\n{item.output}"
+    prompt = f"{head}\n\n{middle}\n\n### Response:\n"
+    return Rendered(prompt + item.output, len(prompt))
 
 
-def chat_text(tokenizer: Tokenizer, item: Instruction, enable_thinking: bool) -> str:
+def chat_text(tokenizer: Tokenizer, item: Instruction, enable_thinking: bool) -> Rendered:
     """Prompt and answer in the tokenizer's chat template, special tokens written out.
 
     The prompt is what generation would see (so a template's thinking switch shows, with its empty
@@ -47,13 +56,15 @@ def chat_text(tokenizer: Tokenizer, item: Instruction, enable_thinking: bool) ->
     _, found, end = whole.rpartition(_MARK)
     if not found:
         raise InputError("the teacher's chat template does not show the assistant's answer")
-    return prompt + item.output + end
+    return Rendered(prompt + item.output + end, len(prompt))
 
 
-def render(tokenizer: Tokenizer, item: Document | Instruction, source: Source) -> Iterator[str]:
+def render(
+    tokenizer: Tokenizer, item: Document | Instruction, source: Source
+) -> Iterator[Rendered]:
     """The text of a document (one) or of an instruction (two if ``enable_thinking`` is both)."""
     if isinstance(item, Document):
-        yield item.text
+        yield Rendered(item.text)
     elif source.format == "alpaca":
         yield alpaca_text(item)
     else:

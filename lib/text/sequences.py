@@ -1,12 +1,14 @@
 """Token rows on disk: Arrow IPC files that are read by memory mapping.
 
-``SPLIT/sequences.arrow``: input_ids FixedSizeList<int32>[L] (padded on the right), length int32.
+``SPLIT/sequences.arrow``: input_ids FixedSizeList<int32>[L] (padded on the right), length int32,
+prompt FixedSizeList<bool>[L].
 ``test/stream.arrow``: one column ``token`` int32, a continuous text for perplexity.
 Both carry a JSON description in their schema metadata under ``lutqat``.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -30,6 +32,7 @@ class TokenSet:
     Attributes:
         input_ids: int32 [N, L], memory-mapped, padded on the right.
         lengths: int32 [N], real tokens of each row, 2 to L.
+        prompt: bool [N, L], the token belongs to a prompt, not to the answer that follows.
         meta: kind, split, vocab_size, max_length, pad_id, tokenizer and content fingerprints.
     """
 
@@ -45,24 +48,37 @@ class TokenSet:
         ids = table.column("input_ids").combine_chunks()
         flat = ids.flatten().to_numpy(zero_copy_only=False)
         self.input_ids: NDArray[np.int32] = flat.reshape(len(ids), self.meta["max_length"])
-        _check_content(folder / SEQUENCES, self.meta, [self.input_ids, self.lengths])
+        asked = table.column("prompt").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        self.prompt: NDArray[np.bool_] = asked.reshape(self.input_ids.shape)
+        content = [self.input_ids, self.lengths, self.prompt]
+        _check_content(folder / SEQUENCES, self.meta, content)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def first(self, count: int) -> TokenSet:
+        """The first ``count`` rows (all, if there are fewer)."""
+        part = copy.copy(self)
+        part.input_ids, part.lengths = self.input_ids[:count], self.lengths[:count]
+        part.prompt = self.prompt[:count]
+        return part
 
 
 def write_tokens(
     folder: Path,
     input_ids: NDArray[np.int32],
     lengths: NDArray[np.int32],
+    prompt: NDArray[np.bool_] | None = None,
     *,
     split: str,
     vocab_size: int,
     pad_id: int,
     tokenizer: str,
 ) -> None:
-    """Write one split; ``input_ids`` is [N, L], ``lengths`` [N], ``tokenizer`` a fingerprint."""
+    """Write one split; ``input_ids`` and ``prompt`` (None: no prompts) are [N, L], ``lengths`` is
+    [N], ``tokenizer`` a fingerprint."""
     max_length = input_ids.shape[1]
+    asked = np.zeros(input_ids.shape, dtype=bool) if prompt is None else prompt
     meta = {
         "kind": "tokens",
         "split": split,
@@ -75,8 +91,9 @@ def write_tokens(
     columns = {
         "input_ids": pa.FixedSizeListArray.from_arrays(flat, max_length),
         "length": pa.array(lengths.astype(np.int32)),
+        "prompt": pa.FixedSizeListArray.from_arrays(pa.array(asked.reshape(-1)), max_length),
     }
-    _write(folder / SEQUENCES, columns, meta, [input_ids, lengths])
+    _write(folder / SEQUENCES, columns, meta, [input_ids, lengths, asked])
 
 
 def write_stream(
@@ -99,9 +116,10 @@ def read_stream(folder: Path) -> NDArray[np.int32]:
     return tokens
 
 
-def _write(
-    path: Path, columns: dict[str, Any], meta: dict[str, Any], content: list[NDArray[np.int32]]
-) -> None:
+Content = list[NDArray[np.int32] | NDArray[np.bool_]]
+
+
+def _write(path: Path, columns: dict[str, Any], meta: dict[str, Any], content: Content) -> None:
     meta = {**meta, "sha256": _digest(content)}
     meta = {**meta, "fingerprint": fingerprint(meta)}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(meta).encode()})
@@ -113,14 +131,15 @@ def _write(
         writer.write_table(table)
 
 
-def _digest(content: list[NDArray[np.int32]]) -> str:
+def _digest(content: Content) -> str:
     digest = hashlib.sha256()
     for array in content:
-        digest.update(np.ascontiguousarray(array, dtype=np.int32).data)
+        stored = array if array.dtype == bool else array.astype(np.int32, copy=False)
+        digest.update(np.ascontiguousarray(stored).data)
     return digest.hexdigest()
 
 
-def _check_content(path: Path, meta: dict[str, Any], content: list[NDArray[np.int32]]) -> None:
+def _check_content(path: Path, meta: dict[str, Any], content: Content) -> None:
     if _digest(content) != meta["sha256"]:
         raise CorruptError(f"{path} is damaged (its checksum differs); rerun the tokens stage")
 

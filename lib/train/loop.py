@@ -153,7 +153,7 @@ class Trainer:
             rows = range(min(count, len(self.val_data)))
             batches = (self.val_data.batch(np.array([row])).to(self.device) for row in rows)
             raise NonFiniteError(
-                f"held-out loss is {loss} at step {self.progress.step}: {self._first_bad(batches)}"
+                f"held-out loss is {loss} at step {self.progress.step}: {self._first_bad(self.loss.measured(), batches)}"
             )
         return loss
 
@@ -235,7 +235,7 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             moved = (batch.to(self.device) for batch in batches)
             raise NonFiniteError(
-                f"loss is {row['loss']} at step {row['step']}: {self._first_bad(moved)}"
+                f"loss is {row['loss']} at step {row['step']}: {self._first_bad(self.loss, moved)}"
             )
         if math.isfinite(row["gradient_norm"]):
             return
@@ -263,7 +263,7 @@ class Trainer:
                 self.average[item.name].lerp_(item.parameter, 1 - decay)
 
     @torch.no_grad()
-    def _first_bad(self, batches: Iterable[Batch]) -> str:
+    def _first_bad(self, loss: Loss, batches: Iterable[Batch]) -> str:
         """Where non-finite values first appear: a parameter, else a module's output."""
         for name, parameter in self.model.named_parameters():
             if not whole(parameter).isfinite().all():
@@ -285,7 +285,7 @@ class Trainer:
         ]
         for batch in batches:
             with self._autocast():
-                self.loss(self.model, batch)
+                loss(self.model, batch)
             if found:
                 break
         for handle in handles:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.base.errors import MismatchError
 from lib.model.blocks import BlockLoader, decoder_blocks
-from lib.model.load import folder_fingerprint
 from lib.model.scores import block_scores, read_scores
 from lib.params.methods import Blockwise, Layerwise
 from lib.params.training import Method
 from lib.train.blockwise import BlockwiseMethod, block_epochs
 from lib.train.by_block import BlockMethod, Task
 from lib.train.layerwise import LayerwiseMethod
+from lib.train.source import check_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +40,7 @@ class ByBlock:
         Raises:
             MismatchError: another one lies in the folder.
         """
-        found = folder_fingerprint(self.teacher)
-        if found != teacher:
-            raise MismatchError(
-                f"{self.teacher} is not the teacher that the model comes from (its fingerprint is "
-                f"{found}, the model's says {teacher}); rerun the stages in between"
-            )
+        check_teacher(self.teacher, teacher)
         return {"scores": read_scores(self.scores)} if self.blockwise.adaptive else {}
 
     def make(self, task: Task) -> BlockMethod:

@@ -20,6 +20,7 @@ from lib.cache.shards import CacheReader
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.surgery import has_masters
 from lib.objective.distillation import Objective, make_objective
+from lib.objective.loss import Batches, Loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
@@ -28,6 +29,7 @@ from lib.train.by_block import BlockMethod, Task, train_by_block
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Report, Trainer
 from lib.train.method import ByBlock
+from lib.train.source import LiveTeacher
 from lib.train.state import Progress
 
 
@@ -85,8 +87,17 @@ def objective_of(params: TrainConfig, distill: Distill, cache: CacheReader) -> O
 Reporting = Callable[..., contextlib.AbstractContextManager[Report]]
 
 
-def _end_to_end(trainer: Trainer, report: Reporting) -> tuple[PreTrainedModel, Progress]:
-    with report(steps=trainer.params.steps) as tell:
+def _end_to_end(
+    task: Task, live: LiveTeacher | None, distill: Distill, run: Run, report: Reporting
+) -> tuple[PreTrainedModel, Progress]:
+    loss: Loss = task.objective
+    batches: Batches = task.train
+    if live is not None:
+        loss, batches = live.load(task.params, distill, task.objective, task.device)
+    trainer = Trainer(
+        task.model, task.params, loss, batches, task.val, task.device, task.scratch, shard=run.shard
+    )
+    with report(steps=task.params.steps) as tell:
         result = trainer.run(tell)
     return result.model, result.progress
 
@@ -108,6 +119,7 @@ def train_stage(
     tokenizer_from: Path,
     declared: str,
     by_block: ByBlock | None = None,
+    live: LiveTeacher | None = None,
 ) -> Progress:
     """Train ``start`` on ``cache`` and write ``out/model``, ``out/log.csv``, ``out/metrics.json``.
 
@@ -115,6 +127,7 @@ def train_stage(
         declared: fingerprint of the params that define the run; with the inputs' and the code's
             it keys the state that a killed run resumes from.
         by_block: train one decoder block after the other; None = end to end.
+        live: learn from the teacher itself; None = from its cache.
 
     Raises:
         MismatchError: cache, teacher or vocabulary do not belong together; both sides are named.
@@ -138,6 +151,8 @@ def train_stage(
     }
     if by_block is not None:
         identity["by_block"] = by_block.identity(start.teacher)
+    if live is not None:
+        identity["live"] = live.identity(start.teacher)
     with scratch_folder(stage, fingerprint(identity)) as scratch:
         objective = objective_of(params, distill, train)
         report = partial(
@@ -148,15 +163,13 @@ def train_stage(
             config=params.model_dump(mode="json"),
             tokens_per_step=params.batch_size * params.grad_accum * train.spec.max_length,
         )
-        sets = (start.model, params, objective, train, val, device, scratch)
+        task = Task(start.model, params, objective, train, val, device, scratch)
         try:
             if by_block is None:
-                model, progress = _end_to_end(Trainer(*sets, shard=run.shard), report)
+                model, progress = _end_to_end(task, live, distill, run, report)
             else:
-                model, progress = (
-                    start.model,
-                    _block_after_block(by_block.make(Task(*sets)), scratch, report),
-                )
+                progress = _block_after_block(by_block.make(task), scratch, report)
+                model = start.model
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"

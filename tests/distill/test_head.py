@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lib.distill import head as head_module
-from lib.distill.head import candidate_logits, full_vocabulary, shared_logits
+from lib.distill.head import (
+    candidate_logits,
+    full_distillation,
+    full_vocabulary,
+    label_losses,
+    shared_logits,
+)
 
 B, T, D, V = 2, 9, 6, 23
 P = B * T
@@ -106,3 +113,44 @@ def test_autocast_does_not_round_logits() -> None:
     assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
     low = candidate_logits(hidden.bfloat16(), head, ids)
     assert low.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("chunk")
+def test_full_distillation() -> None:
+    """Against the whole [P, V] of both models; the teacher's hidden size is its own."""
+    hidden, head, generator = tensors()
+    wide = torch.randn(P, D + 3, generator=generator).requires_grad_(True)
+    teacher_head = torch.randn(V, D + 3, generator=generator)
+    labels = torch.randint(0, V, (P,), generator=generator)
+    upstream = torch.randn(3, P, generator=generator)
+    logits, wanted = hidden @ head.T, (wide @ teacher_head.T).detach()
+    t = 2.5
+    kd = functional.kl_div(
+        (logits / t).log_softmax(1), (wanted / t).log_softmax(1), log_target=True, reduction="none"
+    )
+    slow = (
+        t**2 * kd.sum(dim=1),
+        functional.cross_entropy(logits, labels, reduction="none"),
+        functional.cross_entropy(logits, wanted.argmax(dim=1), reduction="none"),
+    )
+    fast = full_distillation(hidden, head, wide, teacher_head, labels, t)
+    for one, other in zip(fast, slow, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    grads = [
+        torch.autograd.grad((torch.stack(tuple(x)) * upstream).sum(), hidden)[0]
+        for x in (fast, slow)
+    ]
+    assert torch.allclose(*grads, atol=1e-4)
+    assert wide.grad is None
+
+
+@pytest.mark.usefixtures("chunk")
+def test_label_losses() -> None:
+    hidden, head, generator = tensors()
+    labels = torch.randint(0, V, (P,), generator=generator)
+    upstream = torch.randn(P, generator=generator)
+    fast = label_losses(hidden, head, labels)
+    slow = functional.cross_entropy(hidden @ head.T, labels, reduction="none")
+    assert torch.allclose(fast, slow, atol=1e-5)
+    grads = [torch.autograd.grad((x * upstream).sum(), hidden)[0] for x in (fast, slow)]
+    assert torch.allclose(*grads, atol=1e-4)

@@ -19,6 +19,11 @@ from tests.params.samples import SMALLEST, check_refused, with_values
 
 HUB = {"teacher.source": "hub:Qwen/Qwen3-0.6B"}
 NO_ATTENTION = {"quant.attention": False}
+LIVE = {
+    "distill.source": "teacher",
+    "weights.hard_top1_weight": 0,
+    "finetune_q2.hard_top1_weight": 0,
+}
 TRAIN = "tokens.train.0"
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -49,6 +54,16 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({**HUB, "teacher.revision": "main"}, ["teacher.revision = main", "pinned"]),
     ({"teacher.revision": "v1"}, ["teacher.revision = v1", "null"]),
     ({"teacher.seed": -1}, ["teacher.seed = -1", "0"]),
+    # a live teacher
+    (
+        {"distill.source": "teacher", "scales.method": "layerwise"},
+        ["scales.method = layerwise", "distill.source is teacher", "e2e"],
+    ),
+    (
+        {**LIVE, "finetune.hard_top1_weight": 0.1},
+        ["finetune.hard_top1_weight = 0.1", "no candidates", "hard_full_weight"],
+    ),
+    ({"cache.train_sequences": -1}, ["cache.train_sequences = -1", "0"]),
     # tokens
     ({"tokens.train": []}, ["tokens.train = []", "at least one"]),
     ({f"{TRAIN}.source": "path:a.csv"}, ["path:a.csv", ".jsonl", "hub:DATASET"]),
@@ -153,6 +168,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {},
     {"distill.temperature": 3},
     {"distill.target": "tail", "distill.temperature": 1},
+    LIVE,
+    {**LIVE, "weights.hard_top1_weight": 0.1, "weights.steps": 0, "weights.warmup_steps": 0},
     {"quant.lut_size": 2},
     {"quant.lut_size": 256, "quant.attention_lut_size": 4},
     NO_ATTENTION,

@@ -83,7 +83,7 @@ def both(workspace: Path) -> Path:
     in ``two``, parts of the model in ``sharded``."""
     for shard, out in ((False, "two"), (True, "sharded")):
         write_params(workspace, 2, shard=shard)
-        output = run(workspace, "scales", "teacher", "cache", "none", out)
+        output = run(workspace, "scales", "teacher", "cache", "no text", "none", out)
         assert output.count(f"scales {STEPS}/{STEPS}") == 1  # one of them talks
     return workspace
 
@@ -99,7 +99,7 @@ def test_the_cache_is_the_same_bytes(workspace: Path) -> None:
 
 def test_the_loss_curve_is_that_of_one_process(both: Path) -> None:
     write_params(both, 1)
-    run(both, "scales", "teacher", "cache", "none", "one")
+    run(both, "scales", "teacher", "cache", "no text", "none", "one")
     for name, tolerance in (("loss", 1e-4), ("val_kd_loss", 1e-4), ("gradient_norm", 1e-3)):
         one = column(both / "one", name)
         assert len(one) >= 4
@@ -129,7 +129,7 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
     both: Path, shard: bool, whole: str
 ) -> None:
     write_params(both, 2, shard=shard)
-    process = start(both, "scales", "teacher", "cache", "none", "again")
+    process = start(both, "scales", "teacher", "cache", "no text", "none", "again")
     deadline = time.monotonic() + 120
     while not list((both / ".ckpt" / "scales").glob("*/state/state.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == WorkerError.exit_code
     assert "error: scales: process 1 of 2 was killed by SIGKILL; the others were stopped" in output
-    output = run(both, "scales", "teacher", "cache", "none", "again")
+    output = run(both, "scales", "teacher", "cache", "no text", "none", "again")
     assert output.count("going on after step") == 1
     assert rows_of(both / "again") == rows_of(both / whole)
     weights = [both / name / "model" / "model.safetensors" for name in ("again", whole)]
@@ -149,7 +149,7 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
 
 def test_an_error_of_all_is_said_once(both: Path) -> None:
     write_params(both, 2)
-    process = start(both, "scales", "teacher", "nothing", "none", "failed")
+    process = start(both, "scales", "teacher", "nothing", "no text", "none", "failed")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 3
     assert output.count("error:") == 1 and "nothing" in output
@@ -159,7 +159,7 @@ def test_more_processes_than_sequences(both: Path) -> None:
     write_params(both, 2)
     path = both / "params.yaml"
     path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 1"))
-    process = start(both, "scales", "teacher", "cache", "none", "failed")
+    process = start(both, "scales", "teacher", "cache", "no text", "none", "failed")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == ParamsError.exit_code
     assert "2 processes cannot share a batch of 1 sequences" in output

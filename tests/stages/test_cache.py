@@ -32,10 +32,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_params(negatives: int) -> None:
+def write_params(negatives: int, **changes: int) -> None:
+    sizes = {"top_k": 32, "negatives": negatives, "batch_size": 2, "shard_sequences": 4}
     sections = {
         **read_yaml(PARAMS),
-        "cache": {"top_k": 32, "negatives": negatives, "batch_size": 2, "shard_sequences": 4},
+        "cache": {**sizes, **changes},
         "run": {"device": "cpu", "threads": 1},
     }
     Path("params.yaml").write_text(json.dumps(sections))
@@ -86,6 +87,19 @@ def test_stage_writes_both_caches_and_metrics(workspace: Path) -> None:
         "val_tokens": int((lengths["val"] - 1).sum()),
     }
     assert [path.suffix for path in Path(".ckpt/cache").iterdir()] == [".lock"]
+
+
+def test_fewer_train_sequences_on_request(workspace: Path) -> None:
+    """The first ones, with the numbers that they have in the whole cache."""
+    stages.cache.main(*ARGUMENTS)
+    whole = CacheReader(Path("cache/train")).batch(np.arange(6))
+    write_params(negatives=8, train_sequences=6)
+    stages.cache.main(*ARGUMENTS)
+    part = CacheReader(Path("cache/train"))
+    assert len(part) == 6 and len(CacheReader(Path("cache/val"))) == ROWS["val"]
+    found = part.batch(np.arange(6))
+    for name in ("input_ids", "mask", "topk_ids", "topk_logprobs", "negative_ids"):
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), name
 
 
 def test_stage_stopped_between_its_splits_keeps_the_first(

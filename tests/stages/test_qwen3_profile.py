@@ -70,11 +70,13 @@ def test_the_profile_runs_on_a_local_qwen3() -> None:
     stages.tokens.main(teacher, tokens)
     assert TokenSet(tokens / "train").input_ids.shape[1] == 128
     stages.cache.main(teacher, tokens, cache)
-    stages.scales.main(teacher, cache, Path("no scores"), Path("runs/scales"))
+    stages.scales.main(teacher, cache, tokens, Path("no scores"), Path("runs/scales"))
     stages.convert.main(Path("runs/scales/model"), cache, Path("runs/convert"))
     converted = json.loads(Path("runs/convert/metrics.json").read_text())["convert"]
     assert converted["kd_after"] < converted["kd_reference_rule"]
-    stages.finetune_q2.main(Path("runs/convert/model"), cache, Path("runs/finetune_q2"))
+    stages.finetune_q2.main(
+        Path("runs/convert/model"), cache, teacher, tokens, Path("runs/finetune_q2")
+    )
     with Path("runs/finetune_q2/log.csv").open() as log:
         assert [row["step"] for row in csv.DictReader(log)] == ["0", "2"]
     stages.snap.main(Path("runs/finetune_q2/model"), Path("runs/snap"))

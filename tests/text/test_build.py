@@ -206,3 +206,18 @@ def test_long_documents_are_cut_where_they_only_measure(
     whole, cut = 5 * 1000 + 1, build.HELD_OUT_CHARACTERS - 1 + 1  # a byte a token, end token
     assert set(tokens.splits["train"].lengths) == {whole}
     assert set(tokens.splits["val"].lengths) == set(tokens.splits["test"].lengths) == {cut}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_prompts_are_marked(tokenizer: PreTrainedTokenizerFast, packing: bool) -> None:
+    """What is not prompt reads as answers; plain documents have no prompt."""
+    tokens = build_tokens(AnySettings((CHAT,), packing=packing, max_length=600), tokenizer)
+    rows = tokens.splits["train"]
+    answers = "".join(
+        tokenizer.decode(ids[:length][~prompt[:length]])
+        for ids, length, prompt in zip(rows.input_ids, rows.lengths, rows.prompt, strict=True)
+    )
+    assert rows.prompt.any() and "<|im_start|>" not in answers
+    assert answers.count("<|im_end|>") > 3
+    plain = build_tokens(AnySettings((TEXT,), packing=packing), tokenizer)
+    assert not plain.splits["train"].prompt.any()

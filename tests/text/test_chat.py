@@ -19,7 +19,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_alpaca_with_input() -> None:
-    assert alpaca_text(ITEM) == (
+    text, prompt = alpaca_text(ITEM)
+    assert text[prompt:] == "a, b"
+    assert text == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSort them.\n\n### Input:\nb, a\n\n### Response:\na, b"
@@ -27,7 +29,9 @@ def test_alpaca_with_input() -> None:
 
 
 def test_alpaca_without_input() -> None:
-    assert alpaca_text(Instruction("Greet.", " ", "Hello.")) == (
+    text, prompt = alpaca_text(Instruction("Greet.", " ", "Hello."))
+    assert text[prompt:] == "Hello."
+    assert text == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nGreet.\n\n### Response:\nHello."
@@ -36,9 +40,10 @@ def test_alpaca_without_input() -> None:
 
 def test_chat_shows_the_thinking_switch(tokenizer: PreTrainedTokenizerFast) -> None:
     head = "<|im_start|>user\nSort them.\n\nb, a<|im_end|>\n<|im_start|>assistant\n"
-    assert chat_text(tokenizer, ITEM, True) == head + "a, b<|im_end|>\n"
-    off = chat_text(tokenizer, ITEM, False)
+    assert chat_text(tokenizer, ITEM, True).text == head + "a, b<|im_end|>\n"
+    off, prompt = chat_text(tokenizer, ITEM, False)
     assert off == head + "<think>\n\n</think>\n\na, b<|im_end|>\n"
+    assert off[prompt:] == "a, b<|im_end|>\n"
 
 
 def test_chat_begins_as_generation_does(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -47,7 +52,8 @@ def test_chat_begins_as_generation_does(tokenizer: PreTrainedTokenizerFast) -> N
         prompt = tokenizer.apply_chat_template(
             user, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-        assert chat_text(tokenizer, ITEM, thinking).startswith(str(prompt))
+        text, length = chat_text(tokenizer, ITEM, thinking)
+        assert text[:length] == prompt
 
 
 def test_both_renders_twice(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -55,7 +61,7 @@ def test_both_renders_twice(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = list(render(tokenizer, ITEM, both))
     assert texts == [chat_text(tokenizer, ITEM, False), chat_text(tokenizer, ITEM, True)]
     assert list(render(tokenizer, ITEM, CHAT)) == texts[:1]
-    assert list(render(tokenizer, Document("t", "x"), CHAT)) == ["x"]
+    assert list(render(tokenizer, Document("t", "x"), CHAT)) == [("x", 0)]
 
 
 def test_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:

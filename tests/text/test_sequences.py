@@ -30,8 +30,10 @@ def test_round_trip(
     generator = np.random.default_rng(seed)
     ids = generator.integers(0, 50_000, (rows, length), dtype=np.int32)
     lengths = generator.integers(2, length + 1, rows, dtype=np.int32)
-    write_tokens(folder, ids, lengths, **ABOUT)
+    prompt = generator.random((rows, length)) < 0.5
+    write_tokens(folder, ids, lengths, prompt, **ABOUT)
     found = TokenSet(folder)
+    assert (found.prompt == prompt).all() and found.prompt.dtype == bool
     assert (found.input_ids == ids).all() and found.input_ids.dtype == np.int32
     assert (found.lengths == lengths).all() and found.lengths.dtype == np.int32
     assert found.input_ids.shape == (rows, length) and len(found) == rows
@@ -44,6 +46,7 @@ def test_columns_are_as_documented(tmp_path: Path) -> None:
     schema = pa.ipc.open_file(pa.memory_map(str(tmp_path / SEQUENCES))).schema
     assert schema.field("input_ids").type == pa.list_(pa.int32(), 4)
     assert schema.field("length").type == pa.int32()
+    assert schema.field("prompt").type == pa.list_(pa.bool_(), 4)
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
