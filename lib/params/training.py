@@ -72,12 +72,12 @@ class Distill(Section):
 
     source: Literal["cache", "teacher"] = "cache"
     """`cache`: the teacher's stored top-k; `teacher`: the teacher runs in every step, on all of
-    `tokens.train` and over the whole vocabulary. Held-out text is judged by the cache either way."""
+    `tokens.train` and over the whole vocabulary. The cache judges held-out text either way."""
     temperature: Positive = 2.0
     """Temperature T of both softmaxes; the loss is scaled by T squared (Hinton et al. 2015)."""
     target: Literal["candidates", "tail"] = "candidates"
-    """Of the cache. `candidates`: renormalized over the cached candidates; `tail`: everything else is one more
-    class, from the cached log-sum-exp."""
+    """Of the cache. `candidates`: renormalized over the cached candidates; `tail`: everything else
+    is one more class, from the cached log-sum-exp."""
 
 
 class Rates(Section):
