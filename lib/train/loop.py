@@ -152,9 +152,8 @@ class Trainer:
         if not math.isfinite(loss):
             rows = range(min(count, len(self.val_data)))
             batches = (self.val_data.batch(np.array([row])).to(self.device) for row in rows)
-            raise NonFiniteError(
-                f"held-out loss is {loss} at step {self.progress.step}: {self._first_bad(self.loss.measured(), batches)}"
-            )
+            where = self._first_bad(self.loss.measured(), batches)
+            raise NonFiniteError(f"held-out loss is {loss} at step {self.progress.step}: {where}")
         return loss
 
     def _evaluate(self) -> float:
