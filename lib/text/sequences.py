@@ -43,7 +43,7 @@ class TokenSet:
             InputError: the file does not exist.
             CorruptError: it is damaged or something else.
         """
-        table, self.meta = _read(folder / SEQUENCES, "tokens")
+        table, self.meta = _read(folder / SEQUENCES, "tokens", {"input_ids", "length", "prompt"})
         self.lengths: NDArray[np.int32] = table.column("length").to_numpy()
         ids = table.column("input_ids").combine_chunks()
         flat = ids.flatten().to_numpy(zero_copy_only=False)
@@ -110,7 +110,7 @@ def read_stream(folder: Path) -> NDArray[np.int32]:
     Raises:
         InputError, CorruptError: as for :class:`TokenSet`.
     """
-    table, meta = _read(folder / STREAM, "stream")
+    table, meta = _read(folder / STREAM, "stream", {"token"})
     tokens: NDArray[np.int32] = table.column("token").to_numpy()
     _check_content(folder / STREAM, meta, [tokens])
     return tokens
@@ -144,7 +144,7 @@ def _check_content(path: Path, meta: dict[str, Any], content: Content) -> None:
         raise CorruptError(f"{path} is damaged (its checksum differs); rerun the tokens stage")
 
 
-def _read(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
+def _read(path: Path, kind: str, columns: set[str]) -> tuple[Any, dict[str, Any]]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         meta = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
@@ -152,6 +152,7 @@ def _read(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{path} does not exist; run the tokens stage") from None
     except (pa.ArrowInvalid, OSError, json.JSONDecodeError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); rerun the tokens stage") from None
-    if not isinstance(meta, dict) or meta.get("kind") != kind:
+    complete = columns <= set(table.column_names)
+    if not isinstance(meta, dict) or meta.get("kind") != kind or not complete:
         raise CorruptError(f"{path} does not hold lutqat {kind}; rerun the tokens stage")
     return table, meta

@@ -92,6 +92,15 @@ def test_missing_short_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "stream.arrow").rename(path)
     with pytest.raises(CorruptError, match="does not hold lutqat tokens"):
         TokenSet(tmp_path)
+    write(tmp_path)
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    for name in table.column_names:
+        lacking = table.drop_columns([name])
+        path.unlink()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, lacking.schema) as writer:
+            writer.write_table(lacking)
+        with pytest.raises(CorruptError, match="does not hold lutqat tokens"):
+            TokenSet(tmp_path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])) as writer:
         writer.write_table(pa.table({}))
     with pytest.raises(CorruptError, match="does not hold lutqat tokens"):
