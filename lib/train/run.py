@@ -149,10 +149,9 @@ def train_stage(
         "code": code_fingerprint(),
         "device": device.type,
     }
-    if by_block is not None:
-        identity["by_block"] = by_block.identity(start.teacher)
-    if live is not None:
-        identity["live"] = live.identity(start.teacher)
+    for name, way in (("by_block", by_block), ("live", live)):
+        if way is not None:
+            identity[name] = way.identity(start.teacher)
     with scratch_folder(stage, fingerprint(identity)) as scratch:
         objective = objective_of(params, distill, train)
         report = partial(
