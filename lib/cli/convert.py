@@ -36,12 +36,12 @@ def convert_checkpoint(
         typer.Option("--keep-form", help="Leave low-rank scales (V1) of a .pt file as they are."),
     ] = False,
 ) -> None:
-    """Turn low-rank scales (V1) or group scales into directional ones (V2), or read a reference
-    checkpoint.
+    """Turn low-rank scales (V1), group or channel scales into directional ones (V2), or read a
+    reference checkpoint.
 
     The change of form is exact: A and B become unit directions and magnitudes |A_k| |B_k| (of
-    group scales there is one rank per group), and indices, LUTs and master weights stay. (Levels
-    and ranks are changed by the stage `convert`.)
+    group scales there is one rank per group, of channel scales one in all), and indices, LUTs and
+    master weights stay. (Levels and ranks are changed by the stage `convert`.)
 
     Example: lutqat convert-checkpoint runs/finetune/model directional
 

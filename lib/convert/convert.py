@@ -1,10 +1,11 @@
 """From one quantization to one with fewer levels and a higher rank (Q4 -> Q2).
 
 A layer that already has as few levels as asked keeps its indices, LUT and S; only the form of S
-changes and its rank grows by ranks of magnitude zero. (Scales per group become ranks; ranks cannot
-become groups, and one number of groups not another: such a target is refused.) Any other is
-quantized anew: its weight becomes what the layer computes with now, and indices and scales are
-fitted to it, weighted by how much each input is used.
+changes and its rank grows by ranks of magnitude zero. (Scales per group or per output become ranks;
+ranks cannot become groups, one number of groups not another, and nothing but scales per output can
+become those: such a target is refused.) Any other is quantized anew: its weight becomes what the
+layer computes with now, and indices and scales are fitted to it, weighted by how much each input is
+used.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def _grown_scale(form: ScaleForm, a_dir: Tensor, b_dir: Tensor, g: Tensor) -> Sc
 
 def keep_levels(layer: LutLinear, target: LinearSpec, seed: int) -> LutLinear:
     """The same W_q in another form of S and with a rank of at least the target's; scales per group
-    stay as they are where the target has the same groups."""
-    if target.scale is ScaleForm.GROUP:
+    or per output stay as they are where the target has them too."""
+    if not target.scale.has_ranks:
         return layer
     rank = max(target.rank, layer.spec.rank_of(layer.in_features))
     spec = replace(layer.spec, rank=rank, scale=target.scale)
@@ -106,10 +107,11 @@ def _check(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
 def _check_kept(name: str, layer: LutLinear, target: LinearSpec) -> None:
     """Refuse a target that S cannot have without a change, where the layer keeps its levels."""
     spec, columns = layer.spec, layer.in_features
-    if target.scale is ScaleForm.GROUP:
-        if spec.scale is not ScaleForm.GROUP:
+    if not target.scale.has_ranks:
+        other_groups = min(target.group_size, columns) != min(spec.group_size, columns)
+        if spec.scale is not target.scale:
             key, asked, has = "convert.scale", target.scale.value, spec.scale.value
-        elif min(target.group_size, columns) != min(spec.group_size, columns):
+        elif target.scale is ScaleForm.GROUP and other_groups:
             key, asked, has = "convert.group_size", str(target.group_size), str(spec.group_size)
         else:
             return

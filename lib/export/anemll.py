@@ -15,7 +15,7 @@ its forward pass does not normalize again; ``A_dir * g`` is exact in float32.
 
 One checkpoint has one version. V1 is written where every layer has low-rank scales and can be said
 in V1; otherwise all layers are V2, which also holds for a product ``A @ B`` without directions.
-Group scales are such a product, with a rank for each group.
+Group scales are such a product, with a rank for each group, and scales per output one of rank 1.
 """
 
 from __future__ import annotations

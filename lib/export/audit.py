@@ -192,8 +192,8 @@ def _check_types(function: Function, slices: int, name: str, faults: list[str]) 
 
 
 def _factor_bytes(layers: Collection[FactoredConv]) -> int:
-    """LUTs, factors and biases in FP16. What marks the inputs of group scales is the same in many
-    layers, and counted once."""
+    """LUTs, factors and biases in FP16. What marks the inputs of group or channel scales is the
+    same in many layers, and counted once."""
     own = sum(t.numel() for m in layers for t in (m.lut, m.a, m.bias) if t is not None)
     rows = [m.b for m in layers]
     shared = {(b.shape, hash(b.numpy().tobytes())): b.numel() for b in rows if b.numel() >= _SHARED}

@@ -116,6 +116,8 @@ def _half(values: Tensor, name: str) -> Tensor:
 def _scales(spec: LinearSpec) -> str:
     if spec.scale is ScaleForm.GROUP:
         return f"one scale per {spec.group_size} inputs"
+    if spec.scale is ScaleForm.CHANNEL:
+        return "one scale per output"
     return f"{spec.scale.value} scales of rank {spec.rank}"
 
 

@@ -22,7 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import atomic_folder, fingerprint, read_json, sha256_file, write_json
-from lib.model.linear import DirectionalScale, GroupScale, LowRankScale, LutLinear, Scale
+from lib.model.linear import (
+    ChannelScale,
+    DirectionalScale,
+    GroupScale,
+    LowRankScale,
+    LutLinear,
+    Scale,
+)
 from lib.model.surgery import quantized_layers, replace_module
 from lib.quant.pack import pack_indices, unpack_indices
 from lib.quant.scales import group_members
@@ -188,6 +195,8 @@ def _build_layer(
         if spec.scale is ScaleForm.GROUP:
             members = group_members(in_features, spec.group_size)
             return GroupScale(take("scale.s", out_features, rank), members)
+        if spec.scale is ScaleForm.CHANNEL:
+            return ChannelScale(take("scale.s", out_features, 1), take("scale.f", 1), in_features)
         a, b = take("scale.a", out_features, rank), take("scale.b", rank, in_features)
         if spec.scale is ScaleForm.LOWRANK:
             return LowRankScale(a, b)

@@ -3,7 +3,7 @@
     y = x @ W_q.T + bias,   W_q = LUT[idx] * S,   S = A @ B
 
 Shapes: weight (fp32 master) ``[out, in]``, indices uint8 ``[out, in]``, lut ``[n]``,
-A ``[out, r]``, B ``[r, in]``, g ``[r]``, s ``[out, groups]``, E ``[groups, in]``.
+A ``[out, r]``, B ``[r, in]``, g ``[r]``, s ``[out, groups]``, E ``[groups, in]``, f ``[1]``.
 """
 
 from __future__ import annotations
@@ -115,11 +115,40 @@ class GroupScale(nn.Module):
         self.s.mul_(factor)
 
 
-Scale = LowRankScale | DirectionalScale | GroupScale
+class ChannelScale(nn.Module):
+    """S = f s 1: a scale for every output and one learned clip factor f for the layer.
+
+    s starts as a row's largest |w| over the top level, and f says which share of it the top level
+    stands for. Source: "Apple Intelligence Foundation Language Models: Tech Report 2025",
+    quantization-aware training at 2 bits. The device holds the product f s.
+    """
+
+    form = ScaleForm.CHANNEL
+    roles: ClassVar = {"s": ParameterRole.SCALE_DIRECTION, "f": ParameterRole.SCALE_MAGNITUDE}
+    ones: Tensor
+
+    def __init__(self, s: Tensor, f: Tensor, in_features: int) -> None:
+        super().__init__()
+        self.s = nn.Parameter(s.contiguous())
+        self.f = nn.Parameter(f.contiguous())
+        # follows from the sizes: neither stored nor counted
+        self.register_buffer("ones", s.new_ones(1, in_features), persistent=False)
+
+    def factors(self, ste_fp16: bool) -> tuple[Tensor, Tensor]:
+        """(f s ``[out, 1]``, 1 ``[1, in]``), the product FP16-rounded on request."""
+        product = self.s * self.f
+        return (round_fp16(product) if ste_fp16 else product), self.ones
+
+    def multiply(self, factor: float) -> None:
+        """S * factor, in place."""
+        self.s.mul_(factor)
+
+
+Scale = LowRankScale | DirectionalScale | GroupScale | ChannelScale
 
 
 def make_scale(form: ScaleForm, a: Tensor, b: Tensor) -> Scale:
-    """S = A @ B in the given form; `group` takes (s, E)."""
+    """S = A @ B in the given form; `group` takes (s, E), `channel` (s, f 1)."""
     match form:
         case ScaleForm.LOWRANK:
             return LowRankScale(a, b)
@@ -127,6 +156,8 @@ def make_scale(form: ScaleForm, a: Tensor, b: Tensor) -> Scale:
             return DirectionalScale(*to_directional(a, b))
         case ScaleForm.GROUP:
             return GroupScale(a, b)
+        case ScaleForm.CHANNEL:
+            return ChannelScale(a, b[0, :1].clone(), b.shape[1])
 
 
 class LutLinear(nn.Module):

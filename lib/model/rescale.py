@@ -97,7 +97,7 @@ def scale_residual(model: PreTrainedModel, alpha: float) -> None:
     """Multiply the residual stream by ``alpha``, in place; the model computes what it did.
 
     Indices and LUTs are not touched: a quantized layer takes ``alpha`` in its factor A, its
-    magnitudes g or its group scales s, and in its bias.
+    magnitudes g or its scales s per group or output, and in its bias.
 
     Args:
         alpha: a power of two.

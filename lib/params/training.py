@@ -30,19 +30,20 @@ class Quant(Section):
     attention_lut_size: LutSizeOrSame = 0
     """LUT entries of q, k, v, o; 0 = the same as the MLPs."""
     rank: Count = 4
-    """Rank of the scale matrix S of the MLPs; ignored by `group` scales."""
+    """Rank of the scale matrix S of the MLPs; ignored by `group` and `channel` scales."""
     attention_rank: CountOrZero = 0
-    """Rank of S in attention; 0 = the same as the MLPs; ignored by `group` scales."""
+    """Rank of S in attention; 0 = the same as the MLPs; ignored by `group` and `channel` scales."""
     group_size: Count = 32
     """Inputs that share a max-abs when S is initialized; with `group` scales those that share a
-    scale. Default: the reference, end to end."""
+    scale; ignored by `channel` scales. Default: the reference, end to end."""
     attention_group_size: CountOrZero = 0
     """The same for attention; 0 = the same as the MLPs."""
     attention: bool = True
     """Quantize q, k, v, o as well; false leaves them at the teacher's precision."""
-    scale: Literal["lowrank", "directional", "group"] = "lowrank"
+    scale: Literal["lowrank", "directional", "group", "channel"] = "lowrank"
     """`lowrank`: S = A @ B (4-bit training); `directional`: unit directions times magnitudes;
-    `group`: one scale per `group_size` inputs of an output (w4g64 and the like)."""
+    `group`: one scale per `group_size` inputs of an output (w4g64 and the like); `channel`: one
+    scale per output, one clip factor per layer (Apple's 2-bit training)."""
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the LUT values come from: linspace(-1, 1), half-integer levels, k-means on W / S, or
     trained (needs a `rates.lut` above 0 in some training stage to move)."""
@@ -55,7 +56,8 @@ class Quant(Section):
     calibration_sequences: Count = 32
     """`importance` only: training sequences that E[x^2] is measured on."""
     range: Range = 1.0
-    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers."""
+    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Of
+    `channel` scales the start of the clip factor, of an output's max-abs."""
     ste_fp16: bool = True
     """Round LUT and scales to FP16 in the forward pass; gradients pass through."""
     seed: Seed = 0
@@ -86,9 +88,9 @@ class Rates(Section):
     weight: NotNegative = 0.0
     """FP32 master weights, through the straight-through estimator."""
     scale_direction: NotNegative = 0.0
-    """A and B of the scales, or their unit directions, or the scales of groups."""
+    """A and B of the scales, or their unit directions, or the scales of groups or outputs."""
     scale_magnitude: NotNegative = 0.0
-    """Magnitudes g of directional scales; the other forms have none."""
+    """Magnitudes g of directional scales, clip factors f of channel ones; other forms have none."""
     lut: NotNegative = 0.0
     """LUT values; the codebook must be `learned`."""
 
@@ -231,15 +233,16 @@ class Convert(Section):
     attention_lut_size: LutSizeOrSame = 16
     """LUT entries of q, k, v, o afterwards; 0 = the same as the MLPs."""
     rank: Count = 32
-    """Rank of S of the MLPs afterwards; ignored by `group` scales."""
+    """Rank of S of the MLPs afterwards; ignored by `group` and `channel` scales."""
     attention_rank: CountOrZero = 8
-    """Rank of S in attention afterwards; 0 = the same as the MLPs; ignored by `group` scales."""
+    """Rank of S in attention afterwards; 0 = the same as the MLPs; ignored as there."""
     group_size: Count = 32
     """Inputs per group where scales start anew. `group` scales that stay must have it already."""
     range: Range = 1.0
     """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers."""
-    scale: Literal["lowrank", "directional", "group"] = "directional"
-    """Form of S afterwards; layers that keep their levels can become `group` only if they were."""
+    scale: Literal["lowrank", "directional", "group", "channel"] = "directional"
+    """Form of S afterwards; layers that keep their levels can be `group` or `channel` only if they
+    were before."""
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the new LUT values come from."""
     refit_steps: CountOrZero = 5
@@ -269,19 +272,19 @@ def check_convert(quant: Quant, convert: Convert) -> None:
 
     Raises:
         ValueError: an attention setting of `convert` without attention being quantized, or scales
-            per group for layers that keep other scales.
+            per group or output for layers that keep other scales.
     """
     _refuse_attention_settings(convert, "convert", quantized=quant.attention)
     for kind in ("", "attention_") if quant.attention else ("",):
-        _refuse_new_groups(quant, convert, f"{kind}lut_size", f"{kind}group_size")
+        _refuse_new_form(quant, convert, f"{kind}lut_size", f"{kind}group_size")
 
 
-def _refuse_new_groups(quant: Quant, convert: Convert, levels: str, group: str) -> None:
-    """Refuse `group` scales for layers that keep their levels, and with them their scales."""
+def _refuse_new_form(quant: Quant, convert: Convert, levels: str, group: str) -> None:
+    """Refuse scales without ranks for layers that keep their levels, and with them their scales."""
     before, after = (getattr(part, levels) or part.lut_size for part in (quant, convert))
-    if convert.scale != "group" or after < before:
+    if convert.scale not in ("group", "channel") or after < before:
         return
-    key = "group_size" if quant.scale == "group" else "scale"
+    key = "group_size" if quant.scale == convert.scale == "group" else "scale"
     asked = getattr(convert, key)
     has = (getattr(quant, group) or quant.group_size) if key == "group_size" else quant.scale
     if asked != has:

@@ -2,13 +2,14 @@
 
     minimize  sum_ij h_j (W_ij - LUT[idx_ij] (A B)_ij)^2     over idx, A, B in turn
 
-`group` scales are s = A with the constant B = E, and over idx and s alone.
+`group` scales are s = A with the constant B = E, and over idx and s alone. `channel` scales are
+s = A with B = f 1: over idx and the clip factor f, then over idx and s.
 
 h_j = E[x_j^2] over calibration text: the expected squared error of the layer's *output*, its
 inputs taken as uncorrelated. Plain weight error (h = 1) is a poor guide, see docs/math.md.
 
 Shapes: W ``[out, in]``, Q = LUT[idx] ``[out, in]``, A ``[out, r]``, B ``[r, in]``, h ``[in]``,
-s ``[out, groups]``, E ``[groups, in]``.
+s ``[out, groups]``, E ``[groups, in]``; of `channel` scales s ``[out, 1]`` and f ``[1]``.
 """
 
 from __future__ import annotations
@@ -101,13 +102,72 @@ def refit_groups(
     return s
 
 
+def _quotient(products: Tensor, squares: Tensor, previous: Tensor) -> Tensor:
+    """argmin of squares x^2 - 2 products x, elementwise; the previous x where nothing decides."""
+    return torch.where(squares > 0, products / squares, previous)
+
+
+def solve_clip(squares: Tensor, products: Tensor, s: Tensor, previous: Tensor) -> Tensor:
+    """The clip factor f ``[1]`` of least error, one number for the layer:
+
+        f = sum h W q s / sum h q^2 s^2
+
+    Args:
+        squares, products: h q^2 and h W q, ``[out, in]``; s: ``[out, 1]``; previous: f ``[1]``.
+    """
+    rows = s[:, 0]
+    own = (squares.sum(dim=1) * rows.square()).sum()
+    return _quotient((products.sum(dim=1) * rows).sum(), own, previous)
+
+
+def solve_channels(squares: Tensor, products: Tensor, f: Tensor, previous: Tensor) -> Tensor:
+    """The scales s ``[out, 1]`` of least error under a clip factor f, each row by itself:
+
+        s = sum_j h W q f / sum_j h q^2 f^2
+
+    Args:
+        squares, products: h q^2 and h W q, ``[out, in]``; f: ``[1]``; previous: s ``[out, 1]``.
+    """
+    own = squares.sum(dim=1, keepdim=True) * f.square()
+    return _quotient(products.sum(dim=1, keepdim=True) * f, own, previous)
+
+
+def refit_channels(
+    weight: Tensor,
+    s: Tensor,
+    f: Tensor,
+    lut: Tensor,
+    importance: Tensor,
+    *,
+    steps: int,
+    affine: bool,
+) -> tuple[Tensor, Tensor]:
+    """(s ``[out, 1]``, f ``[1]``): indices and f in turn, ``steps`` times, then indices and s as
+    often. No half step raises the error.
+
+    The first half finds the clip at which the weighted squared error is least; Apple does not
+    publish how its clip factors start (Tech Report 2025).
+    """
+    used = importance / importance.mean().clamp_min(1e-30)
+    for _ in range(steps):
+        f = solve_clip(*level_moments(weight, s * f, lut, used, affine=affine), s, f)
+    for _ in range(steps):
+        s = solve_channels(*level_moments(weight, s * f, lut, used, affine=affine), f, s)
+    return s, f
+
+
 def refit(
     weight: Tensor, a: Tensor, b: Tensor, lut: Tensor, importance: Tensor, spec: LinearSpec
 ) -> tuple[Tensor, Tensor]:
-    """(A, B), or (s, E) of `group` scales, refitted as often as the spec says."""
+    """(A, B), or (s, E) of `group` and (s, f 1) of `channel` scales, refitted as often as the spec
+    says."""
     steps, affine = spec.refit_steps, spec.codebook.is_affine
     if spec.scale is ScaleForm.GROUP:
         return refit_groups(weight, a, b, lut, importance, steps=steps, affine=affine), b
+    if spec.scale is ScaleForm.CHANNEL:
+        f = b[0, :1]
+        s, f = refit_channels(weight, a, f, lut, importance, steps=steps, affine=affine)
+        return s, f.expand_as(b)
     return refit_factors(weight, a, b, lut, importance, steps=steps, affine=affine)
 
 

@@ -2,7 +2,8 @@
 
 Shapes: W ``[out, in]``; group maxima M ``[out, groups]``; A ``[out, r]``, B ``[r, in]``,
 g ``[r]``; S = A @ B (``lowrank``) or (A_dir * g) @ B_dir (``directional``) or s @ E (``group``)
-with one scale per group, s ``[out, groups]``, and the constant E ``[groups, in]``.
+with one scale per group, s ``[out, groups]``, and the constant E ``[groups, in]``; or f s
+(``channel``) with one scale per output, s ``[out, 1]``, and one clip factor f ``[1]``.
 """
 
 from __future__ import annotations
@@ -84,11 +85,15 @@ def initial_scale(
 
 
 def initial_factors(weight: Tensor, spec: LinearSpec, lut_max: float) -> tuple[Tensor, Tensor]:
-    """(A ``[out, r]``, B ``[r, in]``) that scales start from; for `group` ones (s, E)."""
+    """(A ``[out, r]``, B ``[r, in]``) that scales start from; for `group` ones (s, E), for
+    `channel` ones (s, f 1), the clip factor in every entry of B."""
     if spec.scale is ScaleForm.GROUP:
         maxima = group_maxabs(weight.float(), spec.group_size)
         members = group_members(weight.shape[1], spec.group_size).to(weight.device)
         return maxima * (spec.range / lut_max), members
+    if spec.scale is ScaleForm.CHANNEL:
+        maxima = group_maxabs(weight.float(), weight.shape[1])
+        return maxima / lut_max, torch.full_like(weight[:1], spec.range, dtype=torch.float32)
     return initial_scale(
         weight,
         group_size=spec.group_size,

@@ -29,6 +29,12 @@ class ScaleForm(StrEnum):
     LOWRANK = "lowrank"
     DIRECTIONAL = "directional"
     GROUP = "group"
+    CHANNEL = "channel"
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether the rank is a choice; that of scales per group or per output follows."""
+        return self in (ScaleForm.LOWRANK, ScaleForm.DIRECTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,12 @@ class LinearSpec:
 
     Attributes:
         lut_size: number of LUT entries, a power of two from 2 to 256.
-        rank: rank r of S; `group` has none of its own (:meth:`rank_of`).
-        group_size: inputs per group: of `group` scales for good, of others at initialization
-            (refined where the rank needs more groups).
+        rank: rank r of S; `group` and `channel` have none of their own (:meth:`rank_of`).
+        group_size: inputs per group: of `group` scales for good, of those with ranks at
+            initialization (refined where the rank needs more groups); `channel` has no groups.
         scale: parametrization of S.
         codebook: where the LUT values come from.
-        range: share of a group's max|w| that the outermost level stands for.
+        range: share of a group's (or an output's) max|w| that the outermost level stands for.
         ste_fp16: LUT and scales are rounded to FP16 in the forward pass.
         refit_steps: importance-weighted refits of indices and factors after the max-abs start
             (:mod:`lib.quant.refit`); 0 = none.
@@ -63,10 +69,15 @@ class LinearSpec:
         return (self.lut_size - 1).bit_length()
 
     def rank_of(self, in_features: int) -> int:
-        """Rank of S of a layer with so many inputs: of `group` scales the number of groups."""
-        if self.scale is ScaleForm.GROUP:
-            return -(-in_features // self.group_size)
-        return self.rank
+        """Rank of S of a layer with so many inputs: of `group` scales the number of groups, of
+        `channel` scales 1."""
+        match self.scale:
+            case ScaleForm.GROUP:
+                return -(-in_features // self.group_size)
+            case ScaleForm.CHANNEL:
+                return 1
+            case _:
+                return self.rank
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's config."""
@@ -89,7 +100,7 @@ class LinearSpec:
         Raises:
             ParamsError: rank above min(out, in); the layer is named.
         """
-        if self.scale is not ScaleForm.GROUP and self.rank > min(out_features, in_features):
+        if self.scale.has_ranks and self.rank > min(out_features, in_features):
             raise ParamsError(
                 f"rank {self.rank} is above what {name} [{out_features}, {in_features}] allows; "
                 f"use at most {min(out_features, in_features)}"

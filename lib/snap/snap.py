@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import GateError, InputError
-from lib.model.linear import DirectionalScale, GroupScale, LowRankScale, LutLinear, Scale
+from lib.model.linear import (
+    ChannelScale,
+    DirectionalScale,
+    GroupScale,
+    LowRankScale,
+    LutLinear,
+    Scale,
+)
 from lib.model.surgery import bake, quantized_layers, replace_module
 
 
@@ -42,6 +49,9 @@ def _snapped_scale(layer: LutLinear, name: str) -> Scale:
         return LowRankScale(_half(scale.a, f"{name}.scale.a"), _half(scale.b, f"{name}.scale.b"))
     if isinstance(scale, GroupScale):
         return GroupScale(_half(scale.s, f"{name}.scale.s"), scale.members)
+    if isinstance(scale, ChannelScale):
+        product = _half(scale.s * scale.f, f"{name}.scale.s")  # what the device multiplies by
+        return ChannelScale(product, torch.ones_like(scale.f), layer.in_features)
     a, b, g = scale.directions(ste_fp16=True)
     parts = (_half(a, f"{name}.scale.a"), _half(b, f"{name}.scale.b"), _half(g, f"{name}.scale.g"))
     return DirectionalScale(*parts, normalized=True)

@@ -64,7 +64,7 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
         raise ParamsError(
             "nothing trains: every rate is 0 for the roles this model has "
             "(rates.lut needs quant.codebook: learned; rates.scale_magnitude needs "
-            "scale: directional); set a rate above 0"
+            "scale: directional or channel); set a rate above 0"
         )
     return chosen
 

@@ -9,7 +9,7 @@ import torch
 
 from lib.api import load_teacher, quantize, save
 from lib.model.checkpoint import load_checkpoint
-from lib.model.linear import DirectionalScale, GroupScale, LowRankScale
+from lib.model.linear import ChannelScale, DirectionalScale, GroupScale, LowRankScale
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantized_layers
 from tests.cli.run import lutqat
@@ -18,7 +18,10 @@ from tests.model.reference_checkpoints import state_dict, uniform, v1_layer, v1_
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize(("form", "kind"), [("lowrank", LowRankScale), ("group", GroupScale)])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("lowrank", LowRankScale), ("group", GroupScale), ("channel", ChannelScale)],
+)
 def test_change_of_form_is_exact(models: Path, tmp_path: Path, form: str, kind: type) -> None:
     teacher, tokenizer = load_teacher(models / "teacher")
     made = quantize(teacher, ste_fp16=False, rank=3, scale=form, group_size=24)

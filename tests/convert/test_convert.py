@@ -99,12 +99,23 @@ def test_group_scales_stay_exactly_as_they_are(size: int) -> None:
     assert specs == {n: x.spec for n, x in quantized_layers(model).items()}
 
 
+def test_channel_scales_stay_exactly_as_they_are() -> None:
+    model = quantized(lut_size=4, scale=ScaleForm.CHANNEL)
+    before, specs = state_of(model), {n: x.spec for n, x in quantized_layers(model).items()}
+    options = {"scale": ScaleForm.CHANNEL, "group_size": 8, "rank": 1}  # neither means anything
+    spec = target(options, {**options, "lut_size": 4})
+    assert convert_model(model, spec, importance(model)) == {"converted": 0, "kept": 14}
+    assert same(before, state_of(model))
+    assert specs == {n: x.spec for n, x in quantized_layers(model).items()}
+
+
+@pytest.mark.parametrize("after", [ScaleForm.GROUP, ScaleForm.CHANNEL])
 @pytest.mark.parametrize("before", list(ScaleForm))
-def test_fewer_levels_may_have_any_form(before: ScaleForm) -> None:
+def test_fewer_levels_may_have_any_form(before: ScaleForm, after: ScaleForm) -> None:
     """Each MLP becomes what :meth:`LutLinear.from_weight` makes of its present weight."""
     model = quantized(scale=before)
     old, use = weights(model), importance(model)
-    spec = target({"scale": ScaleForm.GROUP, "group_size": 20}, {"scale": ScaleForm.DIRECTIONAL})
+    spec = target({"scale": after, "group_size": 20}, {"scale": ScaleForm.DIRECTIONAL})
     assert convert_model(model, spec, use) == {"converted": 6, "kept": 8}
     for name, layer in quantized_layers(model).items():
         if is_mlp(name):
@@ -157,7 +168,7 @@ def test_importance_weighs_the_fit() -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("form", [ScaleForm.DIRECTIONAL, ScaleForm.GROUP])
+@pytest.mark.parametrize("form", [ScaleForm.DIRECTIONAL, ScaleForm.GROUP, ScaleForm.CHANNEL])
 @pytest.mark.parametrize("codebook", list(Codebook))
 @pytest.mark.parametrize("size", [2, 8])
 def test_any_size_and_codebook(codebook: Codebook, size: int, form: ScaleForm) -> None:
@@ -242,6 +253,18 @@ GROUPS: dict[str, Any] = {"scale": ScaleForm.GROUP}
             {},
             {"rank": 5},
             r"convert\.attention_rank 5 is below the 6 groups .*q_proj .*at least 6",
+        ),
+        (
+            {**GROUPS, "lut_size": 4},
+            {"scale": ScaleForm.CHANNEL},
+            {"lut_size": 4},
+            r"convert\.scale channel .*gate_proj, .* 4 levels; use convert\.scale group, or a",
+        ),
+        (
+            {"scale": ScaleForm.CHANNEL},
+            {},
+            GROUPS,
+            r"convert\.scale group .*q_proj, .* 16 levels; use convert\.scale channel, or a",
         ),
     ],
 )

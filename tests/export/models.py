@@ -31,6 +31,7 @@ KINDS: list[dict[str, Any]] = [
     {"lut_size": 2},
     {"scale": ScaleForm.GROUP, "group_size": 20},  # 32 inputs: the second group is short
     {"scale": ScaleForm.GROUP, "group_size": 100},  # one group
+    {"scale": ScaleForm.CHANNEL, "codebook": Codebook.BALANCED},
 ]
 
 

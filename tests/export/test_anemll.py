@@ -26,7 +26,10 @@ from tests.tiny_models import linear_spec, logits_of, quantized, state_of, tiny_
 LAYER = "model.layers.1.self_attn.k_proj"
 V1: dict[str, Any] = {"scale": ScaleForm.LOWRANK, "group_size": 20}  # pads 32 inputs to 40
 GROUP: dict[str, Any] = {"scale": ScaleForm.GROUP, "group_size": 20}  # two of them, or four
+CHANNEL: dict[str, Any] = {"scale": ScaleForm.CHANNEL}
 V2: dict[str, Any] = {"scale": ScaleForm.DIRECTIONAL, "lut_size": 4, "codebook": Codebook.LEARNED}
+FORMS = [("v1", V1), ("v1", GROUP), ("v1", CHANNEL), ("v2", V2)]
+IDS = ["v1", "v1 group", "v1 channel", "v2"]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,7 @@ def make_model(version: str, family: str, form: dict[str, Any] = V1) -> PreTrain
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize(
-    ("version", "form"), [("v1", V1), ("v1", GROUP), ("v2", V2)], ids=["v1", "v1 group", "v2"]
-)
+@pytest.mark.parametrize(("version", "form"), FORMS, ids=IDS)
 def test_import_gives_the_model_back(
     bases: dict[str, Path], tmp_path: Path, version: str, form: dict[str, Any], family: str
 ) -> None:
@@ -94,7 +95,7 @@ def test_import_gives_the_model_back(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("form", [V1, GROUP], ids=["lowrank", "group"])
+@pytest.mark.parametrize("form", [V1, GROUP, CHANNEL], ids=["lowrank", "group", "channel"])
 def test_slow_reader_finds_every_v1_weight(
     tmp_path: Path, family: str, form: dict[str, Any]
 ) -> None:
@@ -126,9 +127,7 @@ def test_slow_reader_finds_every_v2_weight(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize(
-    ("version", "spec"), [("v1", V1), ("v1", GROUP), ("v2", V2)], ids=["v1", "v1 group", "v2"]
-)
+@pytest.mark.parametrize(("version", "spec"), FORMS, ids=IDS)
 def test_names_and_shapes_are_the_reference_s(
     tmp_path: Path, version: str, spec: dict[str, Any], family: str
 ) -> None:

@@ -189,11 +189,17 @@ def too_large() -> PreTrainedModel:
     return model
 
 
-def test_the_card_tells_of_groups(tmp_path: Path) -> None:
-    model = snapped(scale=ScaleForm.GROUP, lut_size=4, group_size=20)
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [(ScaleForm.GROUP, "one scale per 20 inputs"), (ScaleForm.CHANNEL, "one scale per output")],
+)
+def test_the_card_tells_of_scales_without_ranks(
+    tmp_path: Path, form: ScaleForm, words: str
+) -> None:
+    model = snapped(scale=form, lut_size=4, group_size=20)
     save_huggingface(model, save_base(tmp_path / "base"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "- 14 layers with a 4-entry LUT (2 bits) and one scale per 20 inputs\n" in card
+    assert f"- 14 layers with a 4-entry LUT (2 bits) and {words}\n" in card
 
 
 def rescaled() -> PreTrainedModel:

@@ -25,6 +25,7 @@ def _spec(lut_size: int, rank: int, form: ScaleForm) -> LinearSpec:
         (ScaleForm.LOWRANK, 3 * (32 + 24)),
         (ScaleForm.DIRECTIONAL, 3 * (32 + 24) + 3),
         (ScaleForm.GROUP, 4 * 24),  # 32 inputs in groups of 8
+        (ScaleForm.CHANNEL, 24 + 1),
     ],
 )
 @pytest.mark.parametrize(("lut_size", "bits"), [(2, 1), (4, 2), (16, 4), (256, 8)])

@@ -113,6 +113,18 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         {"quant.scale": "group", "convert.scale": "group", "quant.attention_group_size": 64},
         ["convert.group_size = 32", "set it to 64", "convert.attention_lut_size below 16"],
     ),
+    (
+        {"convert.scale": "channel"},
+        ["convert.scale = channel", "16 levels", "set it to lowrank", "convert.attention_lut_size"],
+    ),
+    (
+        {"quant.scale": "group", "convert.scale": "channel"},
+        ["convert.scale = channel", "whose scale is group; set it to group"],
+    ),
+    (
+        {"quant.scale": "channel", "convert.scale": "group"},
+        ["convert.scale = group", "whose scale is channel; set it to channel"],
+    ),
     ({"convert.refit_steps": -1}, ["convert.refit_steps = -1"]),
     # distill
     ({"distill.temperature": 0}, ["distill.temperature = 0", "greater than 0"]),
@@ -176,6 +188,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"quant.scale": "group", "convert.scale": "group"},
     {"quant.scale": "group", "quant.attention_group_size": 64},
     {"convert.scale": "group", "convert.attention_lut_size": 8},
+    {"quant.scale": "channel", "convert.scale": "channel", "convert.group_size": 64},
+    {"quant.scale": "channel"},
+    {"quant.scale": "group", "convert.scale": "channel", "convert.attention_lut_size": 4},
     {**NO_ATTENTION, "convert.scale": "group"},
     {**NO_ATTENTION, "quant.attention_rank": 0, "convert.attention_lut_size": 0},
     {"quant.codebook": "learned", "weights.rates": {"lut": 1e-3}},
@@ -280,7 +295,7 @@ rates = st.floats(0, 1, exclude_min=True)
             "quant.rank": st.integers(1, 1024),
             "quant.range": st.floats(0, 1, exclude_min=True),
             "quant.ste_fp16": st.booleans(),
-            "quant.scale": st.sampled_from(["lowrank", "directional", "group"]),
+            "quant.scale": st.sampled_from(["lowrank", "directional", "group", "channel"]),
             "cache.top_k": st.integers(32, 128),
             "cache.negatives": st.integers(0, 1024),
             "cache.temperatures": st.lists(st.floats(0.1, 50), min_size=1, max_size=4, unique=True),

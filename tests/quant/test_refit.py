@@ -15,8 +15,11 @@ from lib.quant.refit import (
     balance,
     fit_codebook,
     refit,
+    refit_channels,
     refit_factors,
     refit_groups,
+    solve_channels,
+    solve_clip,
     weighted_error,
 )
 from lib.quant.scales import initial_factors, initial_scale
@@ -130,6 +133,71 @@ def test_no_half_step_of_a_group_refit_raises_the_error(size: int, group: int) -
     assert errors[-1] < 0.9 * errors[0]
 
 
+def channel_problem(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """W, s, f, h and balanced levels."""
+    weight, _, _, used = problem(seed)
+    lut = make_codebook(Codebook.BALANCED, size)
+    spec = linear_spec(scale=ScaleForm.CHANNEL)
+    s, b = initial_factors(weight, spec, float(lut.max()))
+    return weight, s, b[0, :1], used, lut
+
+
+def slow_levels(weight: Tensor, scale: Tensor, lut: Tensor) -> Tensor:
+    """The level nearest to each W / S, found among all of them."""
+    return lut[((weight / scale)[..., None] - lut).abs().argmin(dim=-1)]
+
+
+def slow_share(weight: Tensor, levels: Tensor, unit: Tensor, used: Tensor) -> float:
+    """argmin over x of sum_ij h_j (W_ij - x Q_ij unit_i)^2 as a loop."""
+    products = squares = 0.0
+    for row, q_row, one in zip(weight.tolist(), levels.tolist(), unit.tolist(), strict=True):
+        for w, q, h in zip(row, q_row, used.tolist(), strict=True):
+            products += h * w * q * one
+            squares += h * (q * one) ** 2
+    return products / squares
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_channel_refit_is_the_loop_and_no_half_step_raises_the_error(size: int, seed: int) -> None:
+    weight, s, f, used, lut = channel_problem(size, seed)
+    start = s, f
+    errors = [slow_error(weight, slow_levels(weight, s * f, lut) * s * f, used)]
+    for half in ("f", "f", "f", "s", "s", "s"):
+        levels = slow_levels(weight, s * f, lut)
+        if half == "f":
+            f = torch.tensor([slow_share(weight, levels, s[:, 0], used)])
+        else:
+            rows = zip(weight, levels, strict=True)
+            s = torch.tensor([[slow_share(w[None], q[None], f, used)] for w, q in rows])
+        errors.append(slow_error(weight, levels * s * f, used))
+        errors.append(slow_error(weight, slow_levels(weight, s * f, lut) * s * f, used))
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.9 * errors[0]
+    found = refit_channels(weight, *start, lut, used, steps=3, affine=True)
+    assert torch.allclose(found[0], s, rtol=1e-4) and torch.allclose(found[1], f, rtol=1e-4)
+    assert float(f) != 1.0  # the clip moved
+
+
+def test_two_bits_are_clipped_more_than_four() -> None:
+    clips = []
+    for size in (4, 16):
+        weight, s, f, used, lut = channel_problem(size)
+        clips.append(float(refit_channels(weight, s, f, lut, used, steps=5, affine=True)[1]))
+    assert clips[0] < 0.9 < clips[1]
+
+
+def test_what_nothing_decides_stays() -> None:
+    weight, s, f, used, _ = channel_problem(4)
+    levels = torch.ones(OUT, IN)
+    levels[3] = 0.0  # this row's weights are 0 under every scale
+    moments = levels**2 * used, weight * levels * used
+    after = solve_channels(*moments, f, s)
+    assert after[3] == s[3] and (after[4:] != s[4:]).all()
+    nothing = torch.zeros(OUT, IN)
+    assert torch.equal(solve_clip(nothing, nothing, s, f), f)
+
+
 @pytest.mark.parametrize("form", ScaleForm)
 def test_refit_is_that_of_the_form(form: ScaleForm) -> None:
     weight, _, _, used = problem()
@@ -168,6 +236,9 @@ def test_refit_of_extreme_weights_stays_finite(codebook: Codebook) -> None:
         spec = linear_spec(scale=ScaleForm.GROUP, group_size=8, codebook=codebook, refit_steps=2)
         s, _ = refit(weight, *initial_factors(weight, spec, 1.0), lut, used, spec)
         assert s.isfinite().all()
+        spec = linear_spec(scale=ScaleForm.CHANNEL, codebook=codebook, refit_steps=2)
+        s, b = refit(weight, *initial_factors(weight, spec, 1.0), lut, used, spec)
+        assert s.isfinite().all() and b.isfinite().all()
 
 
 def test_balance_keeps_the_product() -> None:

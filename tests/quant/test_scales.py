@@ -82,6 +82,17 @@ def test_group_scales_start_at_a_share_of_the_maxabs(inputs: int, group: int) ->
         assert torch.allclose((s @ members)[:, j], 0.65 / 7.5 * slow)
 
 
+@pytest.mark.parametrize("inputs", [1, 12])
+def test_channel_scales_start_at_the_rows_maxabs_and_the_range(inputs: int) -> None:
+    weight = randn(6, inputs)
+    weight[2] = 0.0
+    spec = linear_spec(scale=ScaleForm.CHANNEL, group_size=4, rank=99, range=0.65)
+    s, b = initial_factors(weight, spec, lut_max=7.5)
+    slow = [max(max(map(abs, row)), MIN_MAXABS) / 7.5 for row in weight.tolist()]
+    assert s.shape == (6, 1) and s[:, 0].tolist() == pytest.approx(slow)
+    assert torch.equal(b, torch.full((1, inputs), 0.65))
+
+
 def test_other_forms_start_from_an_svd() -> None:
     weight, spec = randn(24, 40), linear_spec(rank=3, group_size=8, range=0.65)
     wanted = initial_scale(weight, group_size=8, rank=3, range_share=0.65, lut_max=2.0)

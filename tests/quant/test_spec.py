@@ -52,4 +52,7 @@ def test_the_rank_of_group_scales_is_the_number_of_groups() -> None:
     spec = linear_spec(rank=9, group_size=16, scale=ScaleForm.GROUP)
     assert [spec.rank_of(inputs) for inputs in (1, 16, 17, 48)] == [1, 1, 2, 3]
     spec.check_shape(2, 100, "up_proj")  # neither its rank nor its seven groups matter
+    channel = linear_spec(rank=9, scale=ScaleForm.CHANNEL)
+    assert channel.rank_of(48) == 1
+    channel.check_shape(2, 100, "up_proj")
     assert linear_spec(rank=9).rank_of(48) == 9

@@ -219,6 +219,7 @@ def test_every_form_and_codebook_trains(
         ScaleForm.LOWRANK: {"scale.a", "scale.b"},
         ScaleForm.DIRECTIONAL: {"scale.a", "scale.b", "scale.g"},
         ScaleForm.GROUP: {"scale.s"},
+        ScaleForm.CHANNEL: {"scale.s", "scale.f"},
     }
     expected = {"weight", "indices", *scales[form]}
     expected |= {"lut"} if codebook is Codebook.LEARNED else set()

@@ -69,10 +69,17 @@ def test_biases_and_the_rest_never_train() -> None:
     ("form", "inside"),
     [(ScaleForm.LOWRANK, {"scale.a", "scale.b"}), (ScaleForm.GROUP, {"scale.s"})],
 )
-def test_other_forms_have_no_magnitudes(form: ScaleForm, inside: set[str]) -> None:
+def test_lowrank_and_group_have_no_magnitudes(form: ScaleForm, inside: set[str]) -> None:
     model = quantized(scale=form)
     assert selected(model)[1] == {"weight", *inside}
     assert selected(model, rates=Rates(scale_direction=1e-3)) == (ALL, inside)
+
+
+def test_clip_factors_train_alone_or_with_the_rest() -> None:
+    model = quantized(scale=ScaleForm.CHANNEL)
+    assert selected(model)[1] == {"weight", "scale.s", "scale.f"}
+    assert selected(model, rates=Rates(scale_magnitude=1e-3)) == (ALL, {"scale.f"})
+    assert selected(model, rates=Rates(scale_direction=1e-3)) == (ALL, {"scale.s"})
 
 
 def in_block(block: int, parts: set[str]) -> set[str]:
