@@ -90,28 +90,43 @@ def save_checkpoint(
         tokenizer_from: folder (teacher or checkpoint) whose tokenizer files are copied.
         half: store every tensor as FP16; only for a snapped model, which holds nothing else.
     """
-    layers = quantized_layers(model)
     with atomic_folder(folder) as temporary:
-        save_file(_tensors(model, half), temporary / WEIGHTS)
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).exists():
-                shutil.copyfile(tokenizer_from / name, temporary / name)
-        config = {
-            "format": FORMAT,
-            "info": info,
-            "model": model.config.to_dict(),
-            "layers": {
-                name: {
-                    **layer.spec.to_json(),
-                    "shape": list(layer.indices.shape),
-                    "snapped": layer.weight is None,
-                }
-                for name, layer in layers.items()
-            },
-            "sha256": sha256_file(temporary / WEIGHTS),
-        }
-        mark = fingerprint({"sha256": config["sha256"], "layers": config["layers"]})
-        write_json(temporary / CONFIG, {**config, "fingerprint": mark})
+        return write_checkpoint(
+            model, temporary, tokenizer_from=tokenizer_from, info=info, half=half
+        )
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer_from: Path,
+    info: dict[str, Any],
+    half: bool = False,
+) -> str:
+    """The files of :func:`save_checkpoint` in a folder that the caller completes and renames."""
+    layers = quantized_layers(model)
+    folder.mkdir(exist_ok=True)
+    save_file(_tensors(model, half), folder / WEIGHTS)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).exists():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    config = {
+        "format": FORMAT,
+        "info": info,
+        "model": model.config.to_dict(),
+        "layers": {
+            name: {
+                **layer.spec.to_json(),
+                "shape": list(layer.indices.shape),
+                "snapped": layer.weight is None,
+            }
+            for name, layer in layers.items()
+        },
+        "sha256": sha256_file(folder / WEIGHTS),
+    }
+    mark = fingerprint({"sha256": config["sha256"], "layers": config["layers"]})
+    write_json(folder / CONFIG, {**config, "fingerprint": mark})
     return mark
 
 

@@ -132,7 +132,8 @@ class TrainConfig(Section):
     clip: NotNegative = 1.0
     """Largest gradient norm; 0 = no clipping. Default: the reference."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the moving average that is evaluated and saved; 0 = none."""
+    """Decay of the moving average that is evaluated and saved, the plain parameters beside it;
+    0 = none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -28,6 +28,7 @@ from lib.objective.distillation import Objective
 from lib.objective.loss import EVAL_BATCH
 from lib.params.training import TrainConfig
 from lib.train.activations import on
+from lib.train.average import Values
 from lib.train.loop import Report, Trainer
 from lib.train.roles import Trainable, select
 from lib.train.state import Progress
@@ -53,6 +54,8 @@ class BlockMethod(ABC):
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        # with EMA the parameters of the trained blocks that were not averaged
+        self.plain: Values = {}
 
     def own(self, number: int) -> PreTrainedModel:
         """A block of the model that trains, as a part of its own."""
@@ -147,7 +150,7 @@ def _layers(model: PreTrainedModel, block: int) -> dict[str, LutLinear]:
     return {name: m for name, m in quantized_layers(model).items() if name.startswith(prefix)}
 
 
-def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row]) -> None:
+def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row], plain: Values) -> None:
     """Write a trained block; the JSON comes last and says that it is whole."""
     tensors = {
         f"{name}.{key}": value.cpu().contiguous()
@@ -156,11 +159,15 @@ def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row]) -> 
     }
     with atomic_file(folder / f"{block:03d}.safetensors") as temporary:
         save_file(tensors, temporary)
+    if plain:
+        with atomic_file(folder / f"{block:03d}-plain.safetensors") as temporary:
+            save_file(plain, temporary)
     write_json(folder / f"{block:03d}.json", {"rows": rows})
 
 
-def _take(model: PreTrainedModel, block: int, folder: Path) -> list[Row] | None:
-    """Put a trained block back into the model and return its rows; None if it is not done."""
+def _take(model: PreTrainedModel, block: int, folder: Path) -> tuple[list[Row], Values] | None:
+    """Put a trained block back into the model and return its rows and plain parameters; None if it
+    is not done."""
     if not (folder / f"{block:03d}.json").is_file():
         return None
     tensors = load_file(folder / f"{block:03d}.safetensors")
@@ -168,7 +175,8 @@ def _take(model: PreTrainedModel, block: int, folder: Path) -> list[Row] | None:
         inside = {key: tensors[f"{name}.{key}"] for key in layer.state_dict()}
         layer.load_state_dict(inside)
     rows: list[Row] = read_json(folder / f"{block:03d}.json")["rows"]
-    return rows
+    path = folder / f"{block:03d}-plain.safetensors"
+    return rows, load_file(path) if path.is_file() else {}
 
 
 def _start(method: BlockMethod, folder: Path) -> float:
@@ -181,8 +189,8 @@ def _start(method: BlockMethod, folder: Path) -> float:
 
 def _train_one(
     method: BlockMethod, block: int, scratch: Path, overall: Progress, report: Report
-) -> list[Row]:
-    """Train one block; its rows, steps counted over all blocks."""
+) -> tuple[list[Row], Values]:
+    """Train one block; its rows, steps counted over all blocks, and its plain parameters."""
     first, before = overall.step, list(overall.rows)
 
     def rows_of(progress: Progress) -> list[Row]:
@@ -203,18 +211,18 @@ def _train_one(
 
     trainer = method.trainer(block, scratch)
     try:
-        progress = trainer.run(follow).progress
+        result = trainer.run(follow)
     except NonFiniteError as error:
         raise NonFiniteError(f"block {block}: {error}") from None
     trainer.model.cpu()  # blocks wait in main memory
-    name = trainer.loss.name
+    name, progress = trainer.loss.name, result.progress
     print(
         f"block {block}: {method.epochs(progress.step):g} epochs, held-out {name} loss "
         f"{progress.initial_loss:.4g} -> {progress.best_loss:.4g}",
         file=sys.stderr,
         flush=True,
     )
-    return rows_of(progress)
+    return rows_of(progress), result.plain
 
 
 def train_by_block(method: BlockMethod, scratch: Path, report: Report) -> Progress:
@@ -234,12 +242,14 @@ def train_by_block(method: BlockMethod, scratch: Path, report: Report) -> Progre
     overall.rows.append({"step": 0, "val_kd_loss": overall.initial_loss})
     for block in method.numbers():
         before = list(overall.rows)
-        rows = _take(method.task.model, block, folder)
-        if rows is None:
+        done = _take(method.task.model, block, folder)
+        if done is None:
             inside = scratch / f"block-{block:03d}"
-            rows = _train_one(method, block, inside, overall, report)
-            _keep(method.task.model, block, folder, rows)
+            done = _train_one(method, block, inside, overall, report)
+            _keep(method.task.model, block, folder, *done)
             shutil.rmtree(inside, ignore_errors=True)
+        rows, plain = done
+        method.plain.update(plain)
         overall.rows = before + rows
         overall.step = int(rows[-1]["step"] or 0)
     overall.last_loss = overall.best_loss = method.held_out_kd()

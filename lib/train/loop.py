@@ -22,6 +22,7 @@ from lib.model.linear import LutLinear, ParameterRole
 from lib.objective.loss import Batch, Batches, Loss, LossModule, LossSums, held_out_loss
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
+from lib.train.average import Kept, Values, restore
 from lib.train.parallel import (
     gathered,
     no_exchange,
@@ -56,6 +57,8 @@ class TrainResult:
     progress: Progress
     trained: int
     """Number of values that trained."""
+    plain: Values
+    """With EMA the parameters of that step that were not averaged, on the CPU; else empty."""
 
 
 class Trainer:
@@ -114,8 +117,7 @@ class Trainer:
         self.progress = Progress()
         # asking a GPU for a number makes both wait: there losses are looked at every few steps
         self.waits = device.type == "cuda"
-        self.best: dict[str, Tensor] = {}
-        self.average: dict[str, Tensor] = {}
+        self.kept = Kept(params.ema)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         rates = role_rates(self.params)
@@ -136,14 +138,6 @@ class Trainer:
         dtype = torch.bfloat16 if self.params.dtype == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {t.name: t.parameter.detach().clone() for t in self.trainables}
-
-    @torch.no_grad()
-    def _restore(self, values: dict[str, Tensor]) -> None:
-        for item in self.trainables:
-            item.parameter.copy_(values[item.name])
-
     def held_out_loss(self) -> float:
         """Mean of the held-out term over the first ``eval_sequences`` held-out sequences."""
         count = self.params.eval_sequences
@@ -158,18 +152,11 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """Held-out loss of the averaged parameters (of the plain ones without EMA)."""
-        if not self.average:
+        with self.kept.evaluated(self.trainables):
             loss = self.held_out_loss()
-            candidate = None
-        else:
-            plain = self._snapshot()
-            self._restore(self.average)
-            loss = self.held_out_loss()
-            self._restore(plain)
-            candidate = {name: value.clone() for name, value in self.average.items()}
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
-            self.best = candidate or self._snapshot()
+            self.kept.keep(self.trainables)
         self.progress.last_loss = loss
         return loss
 
@@ -256,10 +243,7 @@ class Trainer:
             if item.role is ParameterRole.LUT:
                 learned = project_learned(whole(item.parameter))
                 item.parameter.copy_(part_of(learned, item.parameter))
-        decay = self.params.ema
-        if decay > 0:
-            for item in self.trainables:
-                self.average[item.name].lerp_(item.parameter, 1 - decay)
+        self.kept.follow(self.trainables)
 
     @torch.no_grad()
     def _first_bad(self, loss: Loss, batches: Iterable[Batch]) -> str:
@@ -292,8 +276,7 @@ class Trainer:
         return f"first in the output of {found[0]}" if found else "in the loss itself"
 
     def _save(self) -> None:
-        extra = {f"best.{name}": value for name, value in self.best.items()}
-        extra.update({f"average.{name}": value for name, value in self.average.items()})
+        extra = self.kept.tensors()
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             values = [state["scale"], state["_growth_tracker"]]
@@ -310,12 +293,7 @@ class Trainer:
             scale, tracker = extra["scaler"].tolist()
             values = {"scale": scale, "_growth_tracker": int(tracker)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
-        like = {t.name: t.parameter for t in self.trainables}
-        for kind, target in (("best.", self.best), ("average.", self.average)):
-            for name, value in extra.items():
-                if name.startswith(kind):
-                    key = name.removeprefix(kind)
-                    target[key] = part_of(value.to(self.device), like[key])
+        self.kept.load(extra, self.trainables)
         return True
 
     def _stalled(self) -> bool:
@@ -329,8 +307,7 @@ class Trainer:
 
     def _start(self) -> None:
         """What a run that does not resume begins with."""
-        if self.params.ema > 0:
-            self.average = self._snapshot()
+        self.kept.start(self.trainables)
         self.progress.initial_loss = self._evaluate()
         key = f"val_{self.loss.name}_loss"
         self.progress.rows.append({"step": 0, key: self.progress.initial_loss})
@@ -366,7 +343,8 @@ class Trainer:
             if saves:
                 self._save()
             report(self.progress)
-        self._restore(self.best)
+        plain = self.kept.whole_plain()
+        restore(self.trainables, self.kept.best)
         model = self.model
         if self.empty is not None:
             model = gathered(self.model, self.empty)
@@ -375,4 +353,4 @@ class Trainer:
         model.eval()
         model.requires_grad_(False)
         trained = sum(t.parameter.numel() for t in self.trainables)
-        return TrainResult(model, self.progress, trained)
+        return TrainResult(model, self.progress, trained, plain)

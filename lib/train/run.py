@@ -17,7 +17,7 @@ from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
 from lib.base.workers import is_main, join
 from lib.cache.shards import CacheReader
-from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.checkpoint import load_checkpoint, read_config
 from lib.model.surgery import has_masters
 from lib.objective.distillation import Objective, make_objective
 from lib.objective.loss import Batches, Loss
@@ -25,6 +25,7 @@ from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
+from lib.train.average import Values, save_trained
 from lib.train.by_block import BlockMethod, Task, train_by_block
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Report, Trainer
@@ -87,9 +88,12 @@ def objective_of(params: TrainConfig, distill: Distill, cache: CacheReader) -> O
 Reporting = Callable[..., contextlib.AbstractContextManager[Report]]
 
 
+_Trained = tuple[PreTrainedModel, Progress, Values]  # with EMA also what was not averaged
+
+
 def _end_to_end(
     task: Task, live: LiveTeacher | None, distill: Distill, run: Run, report: Reporting
-) -> tuple[PreTrainedModel, Progress]:
+) -> _Trained:
     loss: Loss = task.objective
     batches: Batches = task.train
     if live is not None:
@@ -99,12 +103,13 @@ def _end_to_end(
     )
     with report(steps=task.params.steps) as tell:
         result = trainer.run(tell)
-    return result.model, result.progress
+    return result.model, result.progress, result.plain
 
 
-def _block_after_block(method: BlockMethod, scratch: Path, report: Reporting) -> Progress:
+def _block_after_block(method: BlockMethod, scratch: Path, report: Reporting) -> _Trained:
     with report(steps=sum(map(method.steps, method.numbers()))) as tell:
-        return train_by_block(method, scratch, tell)
+        progress = train_by_block(method, scratch, tell)
+    return method.task.model, progress, method.plain
 
 
 def train_stage(
@@ -122,6 +127,8 @@ def train_stage(
     live: LiveTeacher | None = None,
 ) -> Progress:
     """Train ``start`` on ``cache`` and write ``out/model``, ``out/log.csv``, ``out/metrics.json``.
+
+    With EMA the model holds averaged parameters, and ``out/model/plain`` those that were not.
 
     Args:
         declared: fingerprint of the params that define the run; with the inputs' and the code's
@@ -165,14 +172,14 @@ def train_stage(
         task = Task(start.model, params, objective, train, val, device, scratch)
         try:
             if by_block is None:
-                model, progress = _end_to_end(task, live, distill, run, report)
+                trained = _end_to_end(task, live, distill, run, report)
             else:
-                progress = _block_after_block(by_block.make(task), scratch, report)
-                model = start.model
+                trained = _block_after_block(by_block.make(task), scratch, report)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
             ) from None
+        model, progress, plain = trained
         info = {
             "stage": stage,
             "teacher": start.teacher,
@@ -183,6 +190,6 @@ def train_stage(
             "result": result_of(progress),
         }
         if is_main():
-            save_checkpoint(model.cpu(), out / "model", tokenizer_from=tokenizer_from, info=info)
+            save_trained(model.cpu(), plain, out / "model", tokenizer_from, info)
             write_log(out, stage, progress, run.log_every)
     return progress

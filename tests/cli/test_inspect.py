@@ -9,6 +9,9 @@ from lib.model.checkpoint import load_checkpoint, read_config
 from lib.model.load import folder_fingerprint
 from lib.model.size import model_size
 from lib.model.surgery import quantized_layers
+from lib.params.training import Rates, TrainConfig
+from lib.train.average import PLAIN, save_trained, snapshot
+from lib.train.roles import select
 from tests.cli.run import lutqat
 
 
@@ -46,6 +49,17 @@ def test_the_rank_of_group_scales_is_the_number_of_groups(models: Path, tmp_path
     found = rows(lutqat("inspect", tmp_path / "m").out)
     assert found["model.layers.1.mlp.up_proj"].startswith("160 x 64 4 3 group ")
     assert found["model.layers.1.mlp.down_proj"].startswith("64 x 160 4 7 group ")
+
+
+def test_plain_parameters_lie_inside_the_folder_of_averaged_ones(
+    models: Path, tmp_path: Path
+) -> None:
+    model, info = load_checkpoint(models / "trained")
+    plain = snapshot(select(model, TrainConfig(rates=Rates(weight=1e-4))))
+    save_trained(model, plain, tmp_path / "m", models / "trained", info)
+    for folder, averaged in ((tmp_path / "m", "True"), (tmp_path / "m" / PLAIN, "False")):
+        found = rows(lutqat("inspect", folder).out)
+        assert found["quantized layers"] == "14" and found["averaged"] == averaged
 
 
 def test_teacher_and_baked_have_no_layers(models: Path) -> None:

@@ -20,6 +20,7 @@ from lib.params.training import TrainConfig
 from lib.train.blockwise import BlockwiseMethod, block_epochs
 from lib.train.by_block import BlockMethod, Task, held_out_kd, train_by_block, trainables_of
 from lib.train.layerwise import LayerwiseMethod
+from lib.train.roles import select
 from lib.train.state import Progress
 from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of, tiny_model
 from tests.train.samples import config, quiet
@@ -132,6 +133,34 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert progress == expected
     # what was saved inside the block is not done again
     assert seen[0] > when - settings.checkpoint_every and seen[-1] == progress.step
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("when", [3, 13])
+def test_plain_parameters_of_blocks_resume_bit_for_bit(
+    name: str, when: int, cache: Path, tmp_path: Path
+) -> None:
+    settings = config(steps=8, ema=0.6)
+
+    def made(scratch: Path) -> BlockMethod:
+        return method_of(name, student(), cache, scratch, settings)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == when:
+            raise Killed
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = made(whole)
+    train_by_block(expected, whole, quiet)
+    with pytest.raises(Killed):
+        train_by_block(made(parts), parts, kill)
+    found = made(parts)
+    train_by_block(found, parts, quiet)
+    model = found.task.model
+    assert same(state_of(model), state_of(expected.task.model))
+    assert same(found.plain, expected.plain)
+    assert found.plain.keys() == {item.name for item in select(student(), settings)}
+    assert any(not torch.equal(model.get_parameter(n), v) for n, v in found.plain.items())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -79,6 +79,7 @@ def test_folders_written_and_chained(place: Path, tmp_path: Path, root: Path) ->
     model, info = load_checkpoint(out / "model")
     assert same(state_of(model), state_of(start.model))
     assert (out / "model/tokenizer.json").exists()
+    assert not (out / "model/plain").exists()  # nothing was averaged
     assert info["stage"] == "weights" and info["result"] == metrics["weights"]
     assert info["teacher"] == info["parent"] == folder_fingerprint(place / "teacher")
     assert not list((root / ".ckpt/weights").glob("*/"))  # nothing is left to resume
@@ -146,7 +147,8 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
     steps.clear()
     stage(start(), place, tmp_path / "parts", ema=0.5)
     assert steps == [2, 3]
-    for name in ("log.csv", "metrics.json", "model/model.safetensors", "model/config.json"):
+    files = ("model.safetensors", "config.json", "plain/model.safetensors", "plain/config.json")
+    for name in ("log.csv", "metrics.json", *(f"model/{file}" for file in files)):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
