@@ -28,6 +28,7 @@ def write_profile(folder: Path, text: str) -> Path:
 
 def test_profiles_are_there() -> None:
     assert {
+        "apple-2bit",
         "blockwise-w4g64",
         "layerwise-q4a4",
         "llama-2-7b-blockwise",
