@@ -185,7 +185,7 @@ class LutLinear(nn.Module):
         self.scale = scale
         self.lut = nn.Parameter(lut, requires_grad=False)
         # a foreign LUT can be called uniform and be rounded in another way
-        self._affine = spec.codebook.is_affine and is_computable(lut)
+        self.affine = spec.codebook.is_affine and is_computable(lut)
         self.register_buffer("indices", indices)
         self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -275,7 +275,7 @@ class LutLinear(nn.Module):
             indices=self.indices,
             weight=self.weight if self._trains_weight else None,
             bias=self.bias,
-            affine=self._affine,
+            affine=self.affine,
         )
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class LutLinear(nn.Module):
             raise MismatchError("a snapped layer has no master weight to quantize again")
         a, b = self.factors()
         ratio = safe_ratio(self.weight, a @ b)
-        return assign(ratio, self.levels(), affine=self._affine)
+        return assign(ratio, self.levels(), affine=self.affine)
 
     @torch.no_grad()
     def refresh_indices(self) -> None:
@@ -313,7 +313,7 @@ class LutLinear(nn.Module):
         a, b = self.factors()
         scale = a @ b
         lut = self.levels()
-        edges = cell_edges(lut, affine=self._affine)
+        edges = cell_edges(lut, affine=self.affine)
         # A little inside the cell, so that the rounding of w / S stays there too; a share of the
         # way to the level, because the cells of a fitted or learned LUT can be narrow.
         infinity = lut.new_full((1,), float("inf"))

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError, ParamsError
 from lib.base.workers import is_main, rank, total, wait_for_everyone, world_size
-from lib.model.linear import LutLinear, ParameterRole
+from lib.model.linear import ParameterRole
 from lib.objective.loss import Batch, Batches, Loss, LossModule, LossSums, held_out_loss
 from lib.params.training import TrainConfig
 from lib.quant.codebook import project_learned
 from lib.train.average import Kept, Values, restore
+from lib.train.diagnose import first_bad
 from lib.train.parallel import (
     gathered,
     no_exchange,
@@ -138,6 +139,9 @@ class Trainer:
         dtype = torch.bfloat16 if self.params.dtype == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
 
+    def _first_bad(self, loss: Loss, batches: Iterable[Batch]) -> str:
+        return first_bad(self.model, loss, batches, self._autocast)
+
     def held_out_loss(self) -> float:
         """Mean of the held-out term over the first ``eval_sequences`` held-out sequences."""
         count = self.params.eval_sequences
@@ -244,36 +248,6 @@ class Trainer:
                 learned = project_learned(whole(item.parameter))
                 item.parameter.copy_(part_of(learned, item.parameter))
         self.kept.follow(self.trainables)
-
-    @torch.no_grad()
-    def _first_bad(self, loss: Loss, batches: Iterable[Batch]) -> str:
-        """Where non-finite values first appear: a parameter, else a module's output."""
-        for name, parameter in self.model.named_parameters():
-            if not whole(parameter).isfinite().all():
-                return f"parameter {name} is not finite"
-        found: list[str] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_module: object, _inputs: object, output: object) -> None:
-                values = output[0] if isinstance(output, tuple) else output
-                if isinstance(values, Tensor) and not values.isfinite().all():
-                    found.append(name)
-
-            return hook
-
-        handles = [
-            module.register_forward_hook(watch(name))
-            for name, module in self.model.named_modules()
-            if isinstance(module, LutLinear) or not any(True for _ in module.children())
-        ]
-        for batch in batches:
-            with self._autocast():
-                loss(self.model, batch)
-            if found:
-                break
-        for handle in handles:
-            handle.remove()
-        return f"first in the output of {found[0]}" if found else "in the loss itself"
 
     def _save(self) -> None:
         extra = self.kept.tensors()
