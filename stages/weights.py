@@ -1,4 +1,4 @@
-"""weights: scales frozen, the weights learn through a straight-through estimator.
+"""weights: scales frozen, the weights learn, through a straight-through estimator or as floats.
 
 Usage: python -m stages.weights CHECKPOINT CACHE TEACHER TOKENS SCORES OUT
 """
@@ -11,6 +11,7 @@ from lib.base.stage import run_stage
 from lib.base.workers import start_workers
 from lib.params.load import stage_params
 from lib.train.method import by_block
+from lib.train.prox import penalty_of
 from lib.train.run import start_from_checkpoint, train_stage
 from lib.train.source import live_teacher
 
@@ -36,6 +37,8 @@ def main(
         by_block=by_block(
             params.weights.method, teacher, scores, params.layerwise, params.blockwise
         ),
+        penalty=penalty_of(params.weights.regularizer, params.prox),
+        grid_atol=params.prox.atol,
     )
 
 

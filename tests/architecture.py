@@ -40,7 +40,7 @@ FACES = 5
 MAX_FILE_LINES = 399
 MAX_FUNCTION_LINES = 79
 MAX_STAGE_LINES = 60
-SHARED_SECTIONS = ("quant", "distill", "layerwise", "blockwise", "run")
+SHARED_SECTIONS = ("quant", "distill", "layerwise", "blockwise", "prox", "run")
 MAY_SEE_TEST_TEXT = ("tokens", "evaluate", "ane_check")
 UNLISTED = ("__pycache__", "runs", "wandb", "dvc_plots", "dvc.lock")
 """Top-level names that the README's tree may leave out: they appear when things run."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lib.base.errors import CorruptError, InputError, MismatchError
+from lib.base.errors import CorruptError, InputError
 from lib.base.files import read_json
-from lib.model.surgery import quantized_layers, replace_module
+from lib.model.surgery import master_linear, quantized_layers, replace_module
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -84,11 +84,7 @@ def master_block(model: PreTrainedModel, number: int) -> nn.Module:
     blocks[number] = copy.deepcopy(own)
     try:
         for name, layer in quantized_layers(blocks[number]).items():
-            if layer.weight is None:
-                raise MismatchError(f"{name} of block {number} is snapped: no master weight")
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            plain.weight, plain.bias = layer.weight, layer.bias  # type: ignore[assignment]
-            replace_module(blocks[number], name, plain)
+            replace_module(blocks[number], name, master_linear(layer))
         return part(model, number, number + 1, norm=False)
     finally:
         blocks[number] = own

@@ -25,6 +25,16 @@ def block_of(name: str) -> int:
     return block_number(f"{name}.")
 
 
+def by_kind(scores: dict[str, float]) -> dict[str, dict[int, float]]:
+    """Projection kind (``up_proj``) -> block -> score, where layers have scores of their own."""
+    kinds: dict[str, dict[int, float]] = {}
+    for name, score in scores.items():
+        kind = name.rsplit(".", 1)[-1]
+        if not kind.isdigit():
+            kinds.setdefault(kind, {})[block_of(name)] = score
+    return kinds
+
+
 def score_of(value: Any, what: str, where: Path) -> float:
     """A JSON value as a score.
 

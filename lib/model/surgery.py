@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lib.base.errors import InputError
+from lib.base.errors import InputError, MismatchError
 from lib.base.progress import track
 from lib.model.linear import LutLinear, ParameterRole
 from lib.quant.spec import LinearSpec, ModelSpec
@@ -61,6 +61,21 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where ``name`` points."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def master_linear(layer: LutLinear) -> nn.Linear:
+    """A plain layer that computes with the master weight itself: the same parameters, not copies.
+
+    Raises:
+        MismatchError: the layer is snapped and has none.
+    """
+    if layer.weight is None:
+        raise MismatchError("a snapped layer has no master weight to compute with")
+    plain = nn.Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+    )
+    plain.weight, plain.bias = layer.weight, layer.bias  # type: ignore[assignment]
+    return plain
 
 
 def spec_for(name: str, spec: ModelSpec) -> LinearSpec | None:

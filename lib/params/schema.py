@@ -11,6 +11,7 @@ from lib.params.base import Count, CountOrZero, Section, Seed
 from lib.params.data import Cache, Run, Teacher, Tokens
 from lib.params.export import Export
 from lib.params.methods import Blockwise, Layerwise
+from lib.params.prox import Prox, check_prox
 from lib.params.sensitivity import Sensitivity
 from lib.params.training import (
     Convert,
@@ -94,6 +95,7 @@ class Params(Section):
     sensitivity: Sensitivity
     layerwise: Layerwise
     blockwise: Blockwise
+    prox: Prox
     scales: Scales
     weights: Weights
     finetune: Finetune
@@ -123,6 +125,7 @@ class Params(Section):
                 )
         check_source(self.distill, {"scales": self.scales, "weights": self.weights})
         check_source(self.distill, {"finetune": self.finetune, "finetune_q2": self.finetune_q2})
+        check_prox(self.weights, self.prox, self.quant, self.run)
         for name in ("scales", "weights", "finetune"):
             check_training(
                 name, getattr(self, name), self.quant.codebook, attention=self.quant.attention

@@ -163,6 +163,9 @@ class TrainConfig(Section):
         return self
 
 
+Regularizer = Literal["none", "prox"]
+"""What is added to the loss of a run."""
+
 Method = Literal["e2e", "layerwise", "blockwise"]
 """How a model trains: end to end, or one decoder block after the other."""
 
@@ -184,6 +187,8 @@ class Weights(TrainConfig):
 
     method: Method = "e2e"
     """As in `scales`."""
+    regularizer: Regularizer = "none"
+    """`prox` (section `prox`): the weights train as floats and are pulled to their grid."""
 
     rates: Rates = Rates(weight=5e-6)
     """Default: the reference's weight rate, for thousands of steps."""

@@ -89,6 +89,20 @@ def _level_moments(
     return part * level, part * weight
 
 
+def grid_points(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> Tensor:
+    """``LUT[idx] * S`` for the nearest levels of ``weight / scale``: what each weight would snap to.
+
+    As it stands; functions that are compiled may call it.
+    """
+    return scale * _levels(_nearest(weight, scale, lut, affine), lut, affine)
+
+
+def _pulled(weight: Tensor, scale: Tensor, lut: Tensor, share: Tensor, affine: bool) -> Tensor:
+    away = weight - grid_points(weight, scale, lut, affine)
+    weight.sub_(share * away)
+    return away.square().sum(dim=1)
+
+
 def _row_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:
     position = indices.float()
     rows = [torch.where(position == k, values, 0.0).sum(dim=1) for k in range(size)]
@@ -123,6 +137,20 @@ def level_moments(
 ) -> tuple[Tensor, Tensor]:
     """``(h q^2, h W q)`` for the nearest levels q of ``weight / scale`` and h = ``used [in]``."""
     return fused(_level_moments, weight, scale, lut, used, affine, worth=_WORTH_COMPILING)
+
+
+def pull_to_grid(
+    weight: Tensor, scale: Tensor, lut: Tensor, share: Tensor, *, affine: bool
+) -> Tensor:
+    """Move each weight by a share of its way to its grid point, in place.
+
+    Args:
+        share: scalar from 0 to 1.
+
+    Returns:
+        the squared distances before, summed over each row, ``[out]``.
+    """
+    return fused(_pulled, weight, scale, lut, share, affine, worth=_WORTH_COMPILING)
 
 
 def level_sums(values: Tensor, indices: Tensor, size: int) -> Tensor:

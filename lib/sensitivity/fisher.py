@@ -17,6 +17,7 @@ from lib.base.progress import track
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.surgery import quantized_layers
 from lib.objective.distillation import Objective
+from lib.quant.average import moved_average
 
 
 def drawn_rows(total: int, batches: int, batch_size: int, seed: int) -> list[np.ndarray]:
@@ -38,7 +39,7 @@ def smoothed(values: Iterable[dict[str, float]], beta: float) -> dict[str, float
     for now in values:
         left *= beta
         for name, value in now.items():
-            average[name] = beta * average.get(name, 0.0) + (1 - beta) * value
+            average[name] = moved_average(average.get(name, 0.0), value, beta)
     return {name: value / (1 - left) for name, value in average.items()}
 
 

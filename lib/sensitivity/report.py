@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lib.base.figures import write_svg
 from lib.base.files import write_json
-from lib.model.scores import block_of, block_scores
+from lib.model.scores import block_scores, by_kind
 
 MEANING = {
     "fisher": "mean squared gradient of the KD loss",
@@ -31,16 +31,6 @@ def metrics(blocks: list[float]) -> dict[str, Any]:
             "lowest": min(blocks),
         }
     }
-
-
-def by_kind(scores: dict[str, float]) -> dict[str, dict[int, float]]:
-    """Projection kind (``up_proj``) -> block -> score, where layers have scores of their own."""
-    kinds: dict[str, dict[int, float]] = {}
-    for name, score in scores.items():
-        kind = name.rsplit(".", 1)[-1]
-        if not kind.isdigit():
-            kinds.setdefault(kind, {})[block_of(name)] = score
-    return kinds
 
 
 def draw_scores(scores: dict[str, float], blocks: list[float], method: str) -> Figure:

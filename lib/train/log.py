@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def result_of(progress: Progress) -> dict[str, float | int]:
         "best_step": progress.best_step,
         "steps": progress.step,
     }
+    pulled = [row for row in progress.rows if "prox_coefficient" in row]
+    if pulled:  # the float model beside the one on its grid
+        result["initial_soft_kd"] = pulled[0]["val_soft_kd_loss"] or 0.0
+        result["final_soft_kd"] = pulled[-1]["val_soft_kd_loss"] or 0.0
+        result["prox_coefficient"] = pulled[-1]["prox_coefficient"] or 0.0
     epochs = {row["block"]: row["epoch"] or 0.0 for row in progress.rows if "block" in row}
     if epochs:  # one block after the other: how far each was trained
         result["fewest_epochs"] = min(epochs.values())
@@ -49,10 +54,12 @@ def result_of(progress: Progress) -> dict[str, float | int]:
     return result
 
 
-def write_log(folder: Path, stage: str, progress: Progress, every: int) -> None:
-    """Write log.csv and metrics.json of a stage."""
+def write_log(
+    folder: Path, stage: str, progress: Progress, every: int, more: Mapping[str, float] | None = None
+) -> None:
+    """Write log.csv and metrics.json of a stage, which keeps ``more`` beside the outcome."""
     write_text(folder / "log.csv", rows_to_csv(logged_rows(progress, every)))
-    write_json(folder / "metrics.json", {stage: result_of(progress)})
+    write_json(folder / "metrics.json", {stage: {**result_of(progress), **(more or {})}})
 
 
 def _start_wandb(project: str, stage: str, config: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from lib.train.parallel import (
     whole,
     without_parameters,
 )
+from lib.train.penalty import MakePenalty, no_penalty
 from lib.train.roles import (
     Trainable,
     current,
@@ -69,6 +70,7 @@ class Trainer:
     Args:
         loss: of ``model`` on a batch of ``train``; ``val`` is judged by its held-out term.
         trainables: what trains; None = all that ``params`` allow.
+        penalty: makes what is added to the loss, or done to parameters after a step.
         patience: stop after so many evaluations in a row that found nothing better; 0 = never.
         shard: several processes hold parts of the model, not copies.
     """
@@ -84,6 +86,7 @@ class Trainer:
         scratch: Path,
         *,
         trainables: list[Trainable] | None = None,
+        penalty: MakePenalty = no_penalty,
         patience: int = 0,
         shard: bool = False,
     ) -> None:
@@ -105,6 +108,7 @@ class Trainer:
         self.state_folder = scratch / "state"
         self.trainables = select(model, params) if trainables is None else trainables
         settle_before(self.trainables)
+        self.penalty = penalty(model, self.trainables, params)
         if params.gradient_checkpointing:
             # the embeddings are frozen: reentrant checkpointing would find no gradient to start
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -154,15 +158,22 @@ class Trainer:
             raise NonFiniteError(f"held-out loss is {loss} at step {self.progress.step}: {where}")
         return loss
 
-    def _evaluate(self) -> float:
-        """Held-out loss of the averaged parameters (of the plain ones without EMA)."""
+    def _evaluate(self) -> dict[str, float]:
+        """Columns of the log: held-out losses of the averaged parameters (of the plain ones without
+        EMA) and what the penalty measures."""
         with self.kept.evaluated(self.trainables):
-            loss = self.held_out_loss()
+            columns = self.penalty.measure(self.held_out_loss, self._judged_by)
+        loss = columns[self._judged_by]
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self.kept.keep(self.trainables)
         self.progress.last_loss = loss
-        return loss
+        return columns
+
+    @property
+    def _judged_by(self) -> str:
+        """The column that chooses the best step."""
+        return f"val_{self.loss.name}_loss"
 
     def _batches(self, step: int) -> Iterator[Batch]:
         """This process's share of each micro-batch of a step, on the CPU."""
@@ -196,6 +207,7 @@ class Trainer:
         batches = list(self._batches(step))
         loss, held = self._backward(batches)
         self.scaler.unscale_(self.optimizer)
+        self.penalty.after_backward()
         limit = self.params.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.trainables], limit)
         row = {
@@ -210,6 +222,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.penalty.after_step(factor)
         self._after_update()
         self.progress.step += 1
         return row
@@ -251,6 +264,7 @@ class Trainer:
 
     def _save(self) -> None:
         extra = self.kept.tensors()
+        extra.update({f"penalty.{name}": value for name, value in self.penalty.state().items()})
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             values = [state["scale"], state["_growth_tracker"]]
@@ -268,13 +282,15 @@ class Trainer:
             values = {"scale": scale, "_growth_tracker": int(tracker)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
         self.kept.load(extra, self.trainables)
+        state = {k.removeprefix("penalty."): v for k, v in extra.items() if k.startswith("penalty.")}
+        self.penalty.load(state)
         return True
 
     def _stalled(self) -> bool:
         """Whether the last ``patience`` evaluations found nothing better."""
         if not self.patience:
             return False
-        key = f"val_{self.loss.name}_loss"
+        key = self._judged_by
         measured = [row["step"] for row in self.progress.rows if row.get(key) is not None]
         since = sum(1 for step in measured if int(step or 0) > self.progress.best_step)
         return since >= self.patience
@@ -282,9 +298,8 @@ class Trainer:
     def _start(self) -> None:
         """What a run that does not resume begins with."""
         self.kept.start(self.trainables)
-        self.progress.initial_loss = self._evaluate()
-        key = f"val_{self.loss.name}_loss"
-        self.progress.rows.append({"step": 0, key: self.progress.initial_loss})
+        self.progress.rows.append({"step": 0, **self._evaluate()})
+        self.progress.initial_loss = self.progress.last_loss
 
     def run(self, report: Report) -> TrainResult:
         """Train to the last step and leave the best parameters in the model.
@@ -313,12 +328,13 @@ class Trainer:
                 self.progress.rows.append(seen)
             waiting.clear()
             if evaluates:
-                row[f"val_{self.loss.name}_loss"] = self._evaluate()
+                row.update(self._evaluate())
             if saves:
                 self._save()
             report(self.progress)
         plain = self.kept.whole_plain()
         restore(self.trainables, self.kept.best)
+        self.penalty.finish()
         model = self.model
         if self.empty is not None:
             model = gathered(self.model, self.empty)

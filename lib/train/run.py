@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,11 @@ from lib.params.training import Distill, TrainConfig
 from lib.quant.spec import ModelSpec
 from lib.train.average import Values, save_trained
 from lib.train.by_block import BlockMethod, Task, train_by_block
+from lib.train.grid_report import grid_report
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Report, Trainer
 from lib.train.method import ByBlock
+from lib.train.penalty import MakePenalty, no_penalty
 from lib.train.source import LiveTeacher
 from lib.train.state import Progress
 
@@ -92,18 +94,52 @@ _Trained = tuple[PreTrainedModel, Progress, Values]  # with EMA also what was no
 
 
 def _end_to_end(
-    task: Task, live: LiveTeacher | None, distill: Distill, run: Run, report: Reporting
+    task: Task,
+    live: LiveTeacher | None,
+    distill: Distill,
+    run: Run,
+    report: Reporting,
+    penalty: MakePenalty,
 ) -> _Trained:
     loss: Loss = task.objective
     batches: Batches = task.train
     if live is not None:
         loss, batches = live.load(task.params, distill, task.objective, task.device)
     trainer = Trainer(
-        task.model, task.params, loss, batches, task.val, task.device, task.scratch, shard=run.shard
+        task.model,
+        task.params,
+        loss,
+        batches,
+        task.val,
+        task.device,
+        task.scratch,
+        penalty=penalty,
+        shard=run.shard,
     )
     with report(steps=task.params.steps) as tell:
         result = trainer.run(tell)
     return result.model, result.progress, result.plain
+
+
+@contextlib.contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """Say in which stage a loss stopped being finite, and what may help."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
+        ) from None
+
+
+def _grid_figures(model: PreTrainedModel, atol: float | None, out: Path) -> dict[str, float]:
+    """Write how well the masters fit their grid, and return a few numbers of it."""
+    if atol is None:
+        return {}
+    report = grid_report(model, atol)
+    if is_main():
+        report.write(out)
+    return report.metrics()
 
 
 def _block_after_block(method: BlockMethod, scratch: Path, report: Reporting) -> _Trained:
@@ -125,6 +161,8 @@ def train_stage(
     declared: str,
     by_block: ByBlock | None = None,
     live: LiveTeacher | None = None,
+    penalty: MakePenalty = no_penalty,
+    grid_atol: float | None = None,
 ) -> Progress:
     """Train ``start`` on ``cache`` and write ``out/model``, ``out/log.csv``, ``out/metrics.json``.
 
@@ -135,6 +173,8 @@ def train_stage(
             it keys the state that a killed run resumes from.
         by_block: train one decoder block after the other; None = end to end.
         live: learn from the teacher itself; None = from its cache.
+        penalty: end to end only: the regularizer.
+        grid_atol: `prox.atol`, where ``out/grid.json`` and ``out/grid.svg`` are wanted too.
 
     Raises:
         MismatchError: cache, teacher or vocabulary do not belong together; both sides are named.
@@ -170,16 +210,13 @@ def train_stage(
             tokens_per_step=params.batch_size * params.grad_accum * train.spec.max_length,
         )
         task = Task(start.model, params, objective, train, val, device, scratch)
-        try:
+        with _naming(stage):
             if by_block is None:
-                trained = _end_to_end(task, live, distill, run, report)
+                trained = _end_to_end(task, live, distill, run, report, penalty)
             else:
                 trained = _block_after_block(by_block.make(task), scratch, report)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{stage}: {error}; lower {stage}.rates, or check the model it starts from"
-            ) from None
         model, progress, plain = trained
+        figures = _grid_figures(model, grid_atol, out)
         info = {
             "stage": stage,
             "teacher": start.teacher,
@@ -187,9 +224,9 @@ def train_stage(
             "cache": train.fingerprint,
             "params": declared,
             "code": identity["code"],
-            "result": result_of(progress),
+            "result": {**result_of(progress), **figures},
         }
         if is_main():
             save_trained(model.cpu(), plain, out / "model", tokenizer_from, info)
-            write_log(out, stage, progress, run.log_every)
+            write_log(out, stage, progress, run.log_every, figures)
     return progress

@@ -19,6 +19,7 @@ SMALLEST: dict[str, Any] = {
     "sensitivity": {},
     "layerwise": {},
     "blockwise": {},
+    "prox": {},
     "scales": {},
     "weights": {},
     "finetune": {},

@@ -33,6 +33,8 @@ def test_profiles_are_there() -> None:
         "layerwise-q4a4",
         "llama-2-7b-blockwise",
         "llama-3.2-1b-blockwise",
+        "prox",
+        "prox-llama-3.2-1b",
         "qwen3-0.6b",
         "smollm2",
         "smollm2-long",
@@ -73,6 +75,16 @@ def test_documented_defaults_are_in_the_qwen_profile(params: Path) -> None:
     assert values.finetune_q2.rates.weight == 5e-5
     assert (values.convert.lut_size, values.convert.attention_lut_size) == (4, 16)
     assert (values.convert.rank, values.convert.attention_rank) == (32, 8)
+
+
+def test_documented_settings_of_proximal_training(params: Path) -> None:
+    apply_profile("prox-llama-3.2-1b", params, PROFILES)
+    values = load_params(params)
+    weights = values.weights
+    assert (weights.regularizer, weights.steps, weights.warmup_steps) == ("prox", 3000, 100)
+    assert (weights.batch_size, weights.grad_accum) == (4, 32)  # a global batch of 128
+    assert (values.tokens.max_length, values.prox.fisher, values.prox.fisher_beta) == (256, True, 0.95)
+    assert values.teacher.revision == "4e20de362430cd3b72f300e6b0f18e50e7166e08"
 
 
 def test_comments_order_and_spelling_stay(params: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_training_lowers_the_held_out_loss(baseline: Project, stage: str) -> Non
     metrics = baseline.metrics(stage)
     assert metrics["best_kd"] < 0.95 * metrics["initial_kd"]
     assert metrics["best_step"] > 0
+
+
+def test_every_layer_is_compared_with_its_grid(baseline: Project) -> None:
+    grid = json.loads(baseline.read("runs/weights/grid.json"))
+    assert len(grid["layers"]) == 14
+    assert all(0 < layer["hit_rate"] < 1 for layer in grid["layers"].values())
+    metrics = baseline.metrics("weights")
+    assert metrics["hit_rate"] == grid["overall"]["hit_rate"]
+    assert baseline.read("runs/weights/grid.svg").startswith("<?xml")
 
 
 def test_conversion_loses_less_than_the_reference_rule(baseline: Project) -> None:

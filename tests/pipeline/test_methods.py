@@ -30,3 +30,22 @@ def test_killed_and_resumed(project: Project, stage: str, method: str) -> None:
     assert "block 1:" in output and "block 0:" not in output  # it was done
     assert project.locked()[stage] == whole and project.metrics(stage) == metrics
     assert not list(project.folder.glob(f".ckpt/{stage}/*/blocks"))
+
+
+def test_proximal_training_killed_and_resumed(project: Project) -> None:
+    """The same for a run whose coefficient is controlled."""
+    project.set("weights", "regularizer", "prox")
+    for key, value in (("control", "dual"), ("fisher", "true"), ("hard", "selective")):
+        project.set("prox", key, value)
+    before = project.metrics("weights")
+    assert "prox_coefficient" not in before and 0 < before["hit_rate"] < 1
+    output = project.dvc("repro", "weights")
+    assert "initial held-out loss" in output and "final held-out loss" in output
+    whole, metrics = project.locked()["weights"], project.metrics("weights")
+    assert metrics["prox_coefficient"] > 0 and metrics["hit_rate"] > before["hit_rate"]
+    project.forget("weights")
+    halt = "weights lib.train.state save_state 2 kill"
+    project.dvc("repro", "weights", status=-signal.SIGKILL, HALT=halt)
+    output = project.dvc("repro", "weights")
+    assert "going on after step" in output
+    assert project.locked()["weights"] == whole and project.metrics("weights") == metrics

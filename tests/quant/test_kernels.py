@@ -12,7 +12,13 @@ from torch import Tensor
 from lib.base import compiled
 from lib.quant import kernels
 from lib.quant.codebook import make_codebook
-from lib.quant.kernels import is_computable, level_sums, quantized, scaled_levels
+from lib.quant.kernels import (
+    is_computable,
+    level_sums,
+    pull_to_grid,
+    quantized,
+    scaled_levels,
+)
 from lib.quant.spec import Codebook
 
 OUT, IN = 264, 256  # just enough entries to be compiled
@@ -79,6 +85,21 @@ def test_level_moments(affine: bool, compiled_calls: list[str]) -> None:
     assert compiled_calls == ["_level_moments"]
     torch.testing.assert_close(squares, used * level**2)
     torch.testing.assert_close(products, used * level * weight)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_pull_to_grid_compiled_equals_plain(affine: bool, compiled_calls: list[str]) -> None:
+    weight, scale = operands()
+    lut, share = make_codebook(Codebook.UNIFORM, 4), torch.tensor(0.3)
+    moved, plain = weight.clone(), weight.clone()
+    rows = pull_to_grid(moved, scale, lut, share, affine=affine)
+    plain_rows = kernels._pulled(plain, scale, lut, share, affine)
+    assert compiled_calls == ["_pulled"]
+    assert not torch.equal(moved, weight)
+    torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(rows, plain_rows, rtol=1e-5, atol=1e-6)
+    w_q, _ = kernels._quantized(weight, scale, lut, affine)
+    torch.testing.assert_close(moved, weight + 0.3 * (w_q - weight))
 
 
 def test_level_sums_against_float64(compiled_calls: list[str]) -> None:

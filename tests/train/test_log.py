@@ -49,6 +49,9 @@ def test_log_and_metrics_on_disk(tmp_path: Path) -> None:
         "best_step": 3,
         "steps": 5,
     }
+    write_log(tmp_path, "scales", progress(), 2, {"hit_rate": 0.5})
+    kept = json.loads((tmp_path / "metrics.json").read_text())["scales"]
+    assert kept == {**result_of(progress()), "hit_rate": 0.5}
 
 
 def test_reports_are_short_lines_and_metrics_appear_when_evaluated(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.surgery import bake, quantized_layers
 from lib.params.data import Run
-from lib.params.training import Distill
+from lib.params.prox import Prox
+from lib.params.training import Distill, Rates
 from lib.snap.run import snap_stage
 from lib.train import run as run_module
+from lib.train.grid_report import grid_report
 from lib.train.loop import Trainer
+from lib.train.prox import penalty_of
 from lib.train.run import Start, start_from_checkpoint, start_from_teacher, train_stage
 from lib.train.state import Progress
 from tests.tiny_models import (
@@ -51,7 +55,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stage(
-    start: Start, place: Path, out: Path, target: Any = "candidates", **changes: Any
+    start: Start,
+    place: Path,
+    out: Path,
+    target: Any = "candidates",
+    more: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Progress:
     params = config(**{"steps": 4, **changes})
     return train_stage(
@@ -64,6 +73,7 @@ def stage(
         run=QUIET,
         tokenizer_from=place / "teacher",
         declared=str(sorted(changes.items())),
+        **(more or {}),
     )
 
 
@@ -103,6 +113,28 @@ def test_a_stage_starts_where_the_last_one_ended(place: Path, tmp_path: Path) ->
     start = start_from_checkpoint(tmp_path / "one/model")
     second = stage(start, place, tmp_path / "two")
     assert second.initial_loss == first.best_loss
+
+
+@pytest.mark.parametrize("regularizer", ["none", "prox"])
+def test_how_masters_fit_their_grid_is_written_on_request(
+    place: Path, tmp_path: Path, regularizer: Any
+) -> None:
+    start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+    prox = Prox(gamma_end=0.5, atol=0.1)
+    more = {"penalty": penalty_of(regularizer, prox), "grid_atol": prox.atol}
+    stage(start, place, tmp_path / "out", more=more, rates=Rates(weight=3e-4))
+    files = ["grid.json", "grid.svg", "log.csv", "metrics.json", "model"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == files
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["weights"]
+    grid = json.loads((tmp_path / "out/grid.json").read_text())
+    model, info = load_checkpoint(tmp_path / "out/model")
+    assert grid == json.loads(json.dumps(asdict(grid_report(model, 0.1))))
+    assert info["result"] == metrics and metrics["hit_rate"] == grid["overall"]["hit_rate"]
+    assert ("prox_coefficient" in metrics) == (regularizer == "prox")
+    with (tmp_path / "out/log.csv").open() as file:
+        columns = csv.DictReader(file).fieldnames or []
+    own = {"val_soft_kd_loss", "prox_distance", "prox_coefficient", "hit_rate", "sat_rate"}
+    assert own & set(columns) == (own if regularizer == "prox" else set())
 
 
 class KilledError(Exception):
