@@ -35,7 +35,8 @@ def test_killed_and_resumed(project: Project, stage: str, method: str) -> None:
 def test_proximal_training_killed_and_resumed(project: Project) -> None:
     """The same for a run whose coefficient is controlled."""
     project.set("weights", "regularizer", "prox")
-    for key, value in (("control", "dual"), ("fisher", "true"), ("hard", "selective")):
+    changes = {"control": "dual", "k_i": "0.05", "fisher": "true", "hard": "selective"}
+    for key, value in changes.items():
         project.set("prox", key, value)
     before = project.metrics("weights")
     assert "prox_coefficient" not in before and 0 < before["hit_rate"] < 1
@@ -44,7 +45,7 @@ def test_proximal_training_killed_and_resumed(project: Project) -> None:
     whole, metrics = project.locked()["weights"], project.metrics("weights")
     assert metrics["prox_coefficient"] > 0 and metrics["hit_rate"] > before["hit_rate"]
     project.forget("weights")
-    halt = "weights lib.train.state save_state 2 kill"
+    halt = "weights lib.train.loop save_state 2 kill"
     project.dvc("repro", "weights", status=-signal.SIGKILL, HALT=halt)
     output = project.dvc("repro", "weights")
     assert "going on after step" in output
