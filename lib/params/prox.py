@@ -18,7 +18,8 @@ class Prox(Section):
     select: Literal["all_linear", "mlp", "attention"] = "all_linear"
     """Quantized layers that train as floats and are pulled; the others train as without it."""
     control: Literal["gamma", "dual"] = "gamma"
-    """Where the coefficient comes from: `gamma`, a course; `dual`, a PI controller towards `beta`."""
+    """Where the coefficient comes from: `gamma`, a course; `dual`, a PI controller that seeks
+    `beta`."""
     schedule: Literal["linear", "cosine", "exponential"] = "linear"
     """`gamma` only: the course. Default: ProxQuant."""
     gamma_start: NotNegative = 0.0

@@ -90,7 +90,7 @@ def _level_moments(
 
 
 def grid_points(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> Tensor:
-    """``LUT[idx] * S`` for the nearest levels of ``weight / scale``: what each weight would snap to.
+    """``LUT[idx] * S`` for the nearest levels of ``weight / scale``: where each weight snaps to.
 
     As it stands; functions that are compiled may call it.
     """

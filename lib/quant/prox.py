@@ -53,7 +53,9 @@ def within(weight: Tensor, grid: Tensor, reach: Tensor) -> Tensor:
 def saturated(weight: Tensor, scale: Tensor, lut: Tensor, reach: Tensor) -> Tensor:
     """Whether each weight lies more than ``reach [out]`` outside its outermost levels, bool."""
     low, high = scale * lut[0], scale * lut[-1]  # the other way round where S is negative
-    inside = torch.minimum(torch.maximum(weight, torch.minimum(low, high)), torch.maximum(low, high))
+    inside = torch.minimum(
+        torch.maximum(weight, torch.minimum(low, high)), torch.maximum(low, high)
+    )
     return (weight - inside).abs() > reach[:, None]
 
 
@@ -113,8 +115,8 @@ class DualControl:
         e = log(D / target), at most 3 in size
 
     In the logarithm, one step of the pull takes the same amount off e however far D is from its
-    target, so one pair of gains serves all. In this form the only integral is lambda itself: clipped,
-    it cannot wind up.
+    target, so one pair of gains serves all. In this form the only integral is lambda itself:
+    clipped, it cannot wind up.
     """
 
     target: float

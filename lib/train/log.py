@@ -55,7 +55,11 @@ def result_of(progress: Progress) -> dict[str, float | int]:
 
 
 def write_log(
-    folder: Path, stage: str, progress: Progress, every: int, more: Mapping[str, float] | None = None
+    folder: Path,
+    stage: str,
+    progress: Progress,
+    every: int,
+    more: Mapping[str, float] | None = None,
 ) -> None:
     """Write log.csv and metrics.json of a stage, which keeps ``more`` beside the outcome."""
     write_text(folder / "log.csv", rows_to_csv(logged_rows(progress, every)))

@@ -29,8 +29,8 @@ class Penalty(Protocol):
         """
 
     def measure(self, held_out: HeldOut, column: str) -> dict[str, float]:
-        """Columns of the log at an evaluation, ``column`` (the loss that the best step is chosen by)
-        among them. Leaves the model as it is."""
+        """Columns of the log at an evaluation; ``column``, the loss that the best step is chosen
+        by, is among them. Leaves the model as it is."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""

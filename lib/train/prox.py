@@ -1,7 +1,7 @@
 """Proximal QAT: the weights train as floats, and after every step they are pulled to their grid.
 
-While such a run lasts, the selected layers are plain ones that compute with their master weights (the
-same parameters, under the same names). What the run is judged by is the model on its grid.
+While such a run lasts, the selected layers are plain ones that compute with their master weights
+(the same parameters, under the same names). What the run is judged by is the model on its grid.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def selected(trainables: list[Trainable], select: str) -> dict[str, LutLinear]:
 def control_of(prox: Prox, steps: int) -> Control:
     """What moves the coefficient over a run of so many steps."""
     if prox.control == "dual":
-        return DualControl(
-            target=prox.beta, k_i=prox.k_i, k_p=prox.k_p, largest=prox.lambda_max
-        )
+        return DualControl(target=prox.beta, k_i=prox.k_i, k_p=prox.k_p, largest=prox.lambda_max)
     return GammaSchedule(
         course=prox.schedule, start=prox.gamma_start, end=prox.gamma_end, steps=steps
     )

@@ -83,7 +83,11 @@ def test_documented_settings_of_proximal_training(params: Path) -> None:
     weights = values.weights
     assert (weights.regularizer, weights.steps, weights.warmup_steps) == ("prox", 3000, 100)
     assert (weights.batch_size, weights.grad_accum) == (4, 32)  # a global batch of 128
-    assert (values.tokens.max_length, values.prox.fisher, values.prox.fisher_beta) == (256, True, 0.95)
+    assert (values.tokens.max_length, values.prox.fisher, values.prox.fisher_beta) == (
+        256,
+        True,
+        0.95,
+    )
     assert values.teacher.revision == "4e20de362430cd3b72f300e6b0f18e50e7166e08"
 
 
