@@ -183,10 +183,8 @@ def train_stage(
     """
     set_threads(run.threads)
     device = join(resolve_device(run.device))
-    expect: dict[str, Any] = {
-        "teacher": start.teacher,
-        "vocab_size": start.model.config.vocab_size,
-    }
+    vocabulary = start.model.config.vocab_size
+    expect: dict[str, Any] = {"teacher": start.teacher, "vocab_size": vocabulary}
     train, val = (CacheReader(cache / split, expect) for split in ("train", "val"))
     identity: dict[str, Any] = {
         "params": declared,
