@@ -282,7 +282,9 @@ class Trainer:
             values = {"scale": scale, "_growth_tracker": int(tracker)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
         self.kept.load(extra, self.trainables)
-        state = {k.removeprefix("penalty."): v for k, v in extra.items() if k.startswith("penalty.")}
+        state = {
+            k.removeprefix("penalty."): v for k, v in extra.items() if k.startswith("penalty.")
+        }
         self.penalty.load(state)
         return True
 
