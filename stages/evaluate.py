@@ -13,6 +13,7 @@ from lib.base.stage import run_stage
 from lib.evaluate.ladder import HeldOut, Rung, measure_ladder
 from lib.evaluate.report import write_ladder
 from lib.evaluate.untrained import load_untrained
+from lib.model.adapter_files import has_adapter
 from lib.model.checkpoint import load_checkpoint
 from lib.model.load import load_causal_lm, load_tokenizer
 from lib.params.load import stage_params
@@ -36,6 +37,11 @@ def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
     for stage in STAGES:
         folder = runs / stage / "model"
         rungs.append(Rung(name=stage, load=lambda f=folder: load_checkpoint(f)[0], folder=folder))
+    adapter = runs / "recover" / "adapter"
+    if has_adapter(adapter):
+        from lib.model.adapter import load_adapted  # only now: most runs have none
+
+        rungs.append(Rung(name="+ adapter", load=partial(load_adapted, folder, adapter)))
     test = TokenSet(tokens / "test")
     stream = read_stream(tokens / "test")
     text = HeldOut(stream=stream, input_ids=test.input_ids, lengths=test.lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,22 +30,38 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")
     ] = False,
     device: Device = "auto",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Adapter folder (runs/recover/adapter): answer without and with it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer prompts, token by token as they come.
 
     Example: lutqat generate runs/snap/model "Why is the sky blue?" --max-tokens 60
+
+    Example: lutqat generate runs/snap/model "Why is the sky blue?" --adapter runs/recover/adapter
     """
     from lib.evaluate.generate import chat_ids, stream_text
 
-    model, tokenizer = _load(checkpoint, device)
+    model, tokenizer = _load(checkpoint, device, adapter)
     for number, prompt in enumerate(prompts):
         if len(prompts) > 1:
             print(f"{chr(10) if number else ''}> {prompt}")
         ids = list(tokenizer(prompt)["input_ids"]) if raw else chat_ids(tokenizer, prompt)
-        stream_text(
-            model, tokenizer, ids, max_tokens, seed=seed, temperature=temperature, emit=_show
-        )
-        print(flush=True)
+        for heading, state in _states(model, adapter):
+            with state:
+                if heading:
+                    print(heading)
+                stream_text(
+                    *(model, tokenizer, ids, max_tokens),
+                    seed=seed,
+                    temperature=temperature,
+                    emit=_show,
+                )
+                print(flush=True)
 
 
 def chat(
@@ -81,7 +98,21 @@ def chat(
             history.append({"role": "assistant", "content": answer})
 
 
-def _load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _states(
+    model: PreTrainedModel, adapter: Path | None
+) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
+    """Heading and context of each answer to a prompt."""
+    if adapter is None:
+        return [("", contextlib.nullcontext())]
+    from lib.model.adapter import adapters_off
+
+    with_it = ("[with the adapter]", contextlib.nullcontext())
+    return [("[without the adapter]", adapters_off(model)), with_it]
+
+
+def _load(
+    folder: Path, device: str, adapter: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from lib.base.device import resolve_device
     from lib.model.folders import load_any
     from lib.model.load import load_tokenizer
@@ -90,6 +121,11 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     place = resolve_device(device)
     model, _ = load_any(folder)
     tokenizer = load_tokenizer(folder)
+    if adapter is not None:
+        from lib.model.adapter import check_base, load_adapter
+
+        check_base(adapter, folder)
+        load_adapter(model, adapter)
     bake(model)  # W_q once, not once per token
     return model.to(place), tokenizer  # type: ignore[arg-type]
 

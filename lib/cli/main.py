@@ -15,6 +15,7 @@ from lib.cli.convert import convert_checkpoint
 from lib.cli.generate import chat, generate
 from lib.cli.inspect import inspect
 from lib.cli.mac_check import mac_check
+from lib.cli.merge import merge_adapter
 from lib.cli.plot import plot
 from lib.cli.profile import profile
 
@@ -46,6 +47,7 @@ for _command, _name in (
     (inspect, "inspect"),
     (profile, "profile"),
     (convert_checkpoint, "convert-checkpoint"),
+    (merge_adapter, "merge-adapter"),
     (plot, "plot"),
     (mac_check, "mac-check"),
 ):

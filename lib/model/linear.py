@@ -235,6 +235,12 @@ class LutLinear(nn.Module):
             f"rank={spec.rank_of(self.in_features)}, scale={spec.scale.value}"
         )
 
+    @property
+    def qweight(self) -> Tensor:
+        """The indices, under the name that PEFT looks for in quantized layers: an adapter goes to
+        their device."""
+        return self.indices
+
     def roles(self) -> dict[str, ParameterRole]:
         """Role of each parameter, by its name inside the layer."""
         named = {f"scale.{name}": role for name, role in self.scale.roles.items()}

@@ -2,7 +2,7 @@
 
 A quantized layer costs log2(LUT size) bits per weight, and 16 bits for each LUT entry, scale
 factor, magnitude and bias. Everything else (embeddings, norms, unquantized layers) costs 16 bits
-per parameter; tied parameters are counted once.
+per parameter; tied parameters are counted once. Adapters add bits, and no weights of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lib.model.surgery import quantized_layers
+from lib.model.surgery import adapter_owner, quantized_layers
 
 FP16_BITS = 16
 BITS_PER_MB = 8e6
@@ -60,11 +60,16 @@ def model_size(model: nn.Module) -> ModelSize:
         layer_weights += weights
         bias_weights += biases
         inside.update(id(parameter) for parameter in layer.parameters())
-    others = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    others = adapters = 0
+    for name, parameter in model.named_parameters():
+        if adapter_owner(name) is not None:
+            adapters += parameter.numel()
+        elif id(parameter) not in inside:
+            others += parameter.numel()
     return ModelSize(
         layer_bits=layer_bits,
         layer_weights=layer_weights,
-        bits=layer_bits + FP16_BITS * others,
+        bits=layer_bits + FP16_BITS * (others + adapters),
         weights=layer_weights + bias_weights + others,
     )
 

@@ -15,12 +15,19 @@ from lib.quant.spec import LinearSpec, ModelSpec
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ADAPTER = ".lora_"  # in the names of PEFT's adapter parameters
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def is_mlp(name: str) -> bool:
     """Whether a module name is that of an MLP projection."""
     return name.rsplit(".", 1)[-1] in MLP_PROJECTIONS
+
+
+def adapter_owner(name: str) -> str | None:
+    """Name of the layer that an adapter's parameter stands beside; None where a parameter is none."""
+    owner, mark, _ = name.partition(_ADAPTER)
+    return owner if mark else None
 
 
 def block_number(name: str) -> int:
@@ -171,9 +178,12 @@ def bake(model: nn.Module) -> None:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, ParameterRole]:
-    """Role of every parameter; what belongs to no quantized layer is FROZEN."""
+    """Role of every parameter; what belongs to no quantized layer and no adapter is FROZEN."""
     layers = quantized_layers(model)
-    roles = {name: ParameterRole.FROZEN for name, _ in model.named_parameters()}
+    roles = {
+        name: ParameterRole.ADAPTER if adapter_owner(name) else ParameterRole.FROZEN
+        for name, _ in model.named_parameters()
+    }
     for layer_name, layer in layers.items():
         roles.update({f"{layer_name}.{name}": role for name, role in layer.roles().items()})
     return roles

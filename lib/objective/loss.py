@@ -82,6 +82,8 @@ def held_out_loss(
 
     Several processes share the sequences, and all get the mean.
     """
+    training = model.training  # dropout is not for held-out text
+    model.eval()
     measure = loss.measured()
     count = min(sequences, len(held_out))
     held, positions = 0.0, 0
@@ -94,6 +96,7 @@ def held_out_loss(
         if len(mine):
             held += float(sums.held)
             positions += int(sums.count)
+    model.train(training)
     if world_size() > 1:
         both = torch.tensor([held, positions], dtype=torch.float64, device=device)
         both = total(both)

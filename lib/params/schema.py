@@ -12,6 +12,7 @@ from lib.params.data import Cache, Run, Teacher, Tokens
 from lib.params.export import Export
 from lib.params.methods import Blockwise, Layerwise
 from lib.params.prox import Prox, check_prox
+from lib.params.recover import Recover
 from lib.params.sensitivity import Sensitivity
 from lib.params.training import (
     Convert,
@@ -102,6 +103,7 @@ class Params(Section):
     convert: Convert
     finetune_q2: FinetuneQ2
     snap: Snap
+    recover: Recover
     ane_check: AneCheck
     export: Export
     evaluate: Evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -104,8 +105,8 @@ class Rates(Section):
         return self
 
 
-class TrainConfig(Section):
-    """One run of the training loop; every training stage has such a section."""
+class LoopConfig(Section):
+    """One run of the training loop, whatever trains in it."""
 
     steps: CountOrZero = 1000
     """Optimizer steps; 0 hands the model on as it came."""
@@ -119,8 +120,6 @@ class TrainConfig(Section):
     """Weight of the cross entropy on the teacher's top-1 within the candidates."""
     hard_full_weight: NotNegative = 0.0
     """Weight of the cross entropy on the teacher's top-1 over the full vocabulary."""
-    rates: Rates
-    """Which roles train, and how fast."""
     weight_decay: NotNegative = 0.0
     """AdamW weight decay. Default: the reference."""
     warmup_steps: CountOrZero = 0
@@ -138,12 +137,6 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third slower."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the matrix products; master weights stay FP32. `fp16` needs CUDA or MPS."""
-    train_mlp_only: bool = False
-    """Freeze all of attention."""
-    freeze_value_output: bool = False
-    """Freeze the v and o projections."""
-    freeze_last_mlp: CountOrZero = 0
-    """Freeze the MLPs of so many last layers."""
     eval_every: Count = 100
     """Steps between two evaluations of the held-out loss; the best is what is saved."""
     eval_sequences: Count = 64
@@ -161,6 +154,27 @@ class TrainConfig(Section):
                 "lower it or train longer"
             )
         return self
+
+    @abstractmethod
+    def rate_of(self, role: str) -> float:
+        """Learning rate of a parameter role; 0 freezes it."""
+
+
+class TrainConfig(LoopConfig):
+    """A run that trains the quantized model itself; every training stage has such a section."""
+
+    rates: Rates
+    """Which roles train, and how fast."""
+    train_mlp_only: bool = False
+    """Freeze all of attention."""
+    freeze_value_output: bool = False
+    """Freeze the v and o projections."""
+    freeze_last_mlp: CountOrZero = 0
+    """Freeze the MLPs of so many last layers."""
+
+    def rate_of(self, role: str) -> float:
+        """The rate in `rates`; roles that are not there do not train."""
+        return float(getattr(self.rates, role, 0.0))
 
 
 Regularizer = Literal["none", "prox"]

@@ -20,7 +20,7 @@ from lib.base.errors import NonFiniteError, ParamsError
 from lib.base.workers import is_main, rank, total, wait_for_everyone, world_size
 from lib.model.linear import ParameterRole
 from lib.objective.loss import Batch, Batches, Loss, LossModule, LossSums, held_out_loss
-from lib.params.training import TrainConfig
+from lib.params.training import LoopConfig
 from lib.quant.codebook import project_learned
 from lib.train.average import Kept, Values, restore
 from lib.train.diagnose import first_bad
@@ -78,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        params: TrainConfig,
+        params: LoopConfig,
         loss: Loss,
         train: Batches,
         val: Batches,

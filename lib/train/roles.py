@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from lib.base.errors import ParamsError
 from lib.model.linear import LutLinear, ParameterRole
-from lib.model.surgery import block_number, is_mlp, quantized_layers
-from lib.params.training import TrainConfig
+from lib.model.surgery import adapter_owner, block_number, is_mlp, quantized_layers
+from lib.params.training import LoopConfig, TrainConfig
 from lib.quant.spec import Codebook
 
 _SCALE_ROLES = (ParameterRole.SCALE_DIRECTION, ParameterRole.SCALE_MAGNITUDE)
@@ -26,19 +25,22 @@ class Trainable:
     name: str
     parameter: nn.Parameter
     role: ParameterRole
-    layer: LutLinear
+    layer: nn.Module
+    """The quantized layer, or PEFT's layer around one."""
     local_name: str
     """Its name inside the layer."""
 
 
-def _layer_trains(name: str, last_block: int, params: TrainConfig) -> bool:
+def _layer_trains(name: str, last_block: int, params: LoopConfig) -> bool:
+    if not isinstance(params, TrainConfig):
+        return True  # roles alone decide
     if not is_mlp(name):
         value_or_output = name.rsplit(".", 1)[-1] in ("v_proj", "o_proj")
         return not params.train_mlp_only and not (params.freeze_value_output and value_or_output)
     return block_number(name) <= last_block - params.freeze_last_mlp
 
 
-def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
+def select(model: nn.Module, params: LoopConfig) -> list[Trainable]:
     """The parameters a stage trains, in the model's order; sets ``requires_grad`` accordingly.
 
     A role with rate 0 is frozen; a LUT trains only where the codebook is ``learned``.
@@ -60,6 +62,8 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
                 parameter = layer.get_parameter(name)
                 parameter.requires_grad_(True)
                 chosen.append(Trainable(f"{layer_name}.{name}", parameter, role, layer, name))
+    if rates[ParameterRole.ADAPTER] > 0:
+        chosen += _adapters(model)
     if not chosen:
         raise ParamsError(
             "nothing trains: every rate is 0 for the roles this model has "
@@ -69,27 +73,37 @@ def select(model: nn.Module, params: TrainConfig) -> list[Trainable]:
     return chosen
 
 
+def _adapters(model: nn.Module) -> list[Trainable]:
+    found = []
+    for name, parameter in model.named_parameters():
+        owner = adapter_owner(name)
+        if owner is not None:
+            parameter.requires_grad_(True)
+            local = name.removeprefix(f"{owner}.")
+            layer = model.get_submodule(owner)
+            found.append(Trainable(name, parameter, ParameterRole.ADAPTER, layer, local))
+    return found
+
+
 def current(trainables: list[Trainable], model: nn.Module) -> list[Trainable]:
     """The same roles with the layers and parameters that ``model`` has now: sharding replaces
     parameters."""
     found = []
     for item in trainables:
         layer = model.get_submodule(item.name.removesuffix(f".{item.local_name}"))
-        assert isinstance(layer, LutLinear)
         parameter = layer.get_parameter(item.local_name)
         found.append(replace(item, layer=layer, parameter=parameter))
     return found
 
 
-def role_rates(params: TrainConfig) -> dict[ParameterRole, float]:
+def role_rates(params: LoopConfig) -> dict[ParameterRole, float]:
     """Learning rate per role."""
-    rates: Any = params.rates
-    return {
-        ParameterRole.WEIGHT: rates.weight,
-        ParameterRole.SCALE_DIRECTION: rates.scale_direction,
-        ParameterRole.SCALE_MAGNITUDE: rates.scale_magnitude,
-        ParameterRole.LUT: rates.lut,
-    }
+    return {role: params.rate_of(role) for role in ParameterRole}
+
+
+def _lut_layer(item: Trainable) -> LutLinear:
+    assert isinstance(item.layer, LutLinear)  # nothing else has master weights
+    return item.layer
 
 
 def settle_before(trainables: list[Trainable]) -> None:
@@ -98,11 +112,11 @@ def settle_before(trainables: list[Trainable]) -> None:
     together = any(item.role in _SCALE_ROLES for item in trainables)
     for item in trainables:
         if item.role is ParameterRole.WEIGHT:
-            item.layer.rebase_weight(MARGIN if together else 0.0)
+            _lut_layer(item).rebase_weight(MARGIN if together else 0.0)
 
 
 def settle_after(trainables: list[Trainable]) -> None:
     """Store the indices that trained masters now have."""
     for item in trainables:
         if item.role is ParameterRole.WEIGHT:
-            item.layer.refresh_indices()
+            _lut_layer(item).refresh_indices()

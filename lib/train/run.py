@@ -23,7 +23,7 @@ from lib.objective.distillation import Objective, make_objective
 from lib.objective.loss import Batches, Loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
-from lib.params.training import Distill, TrainConfig
+from lib.params.training import Distill, LoopConfig, TrainConfig
 from lib.quant.spec import ModelSpec
 from lib.train.average import Values, save_trained
 from lib.train.by_block import BlockMethod, Task, train_by_block
@@ -71,7 +71,7 @@ def start_from_checkpoint(folder: Path) -> Start:
     return Start(model, info["teacher"], config["fingerprint"])
 
 
-def objective_of(params: TrainConfig, distill: Distill, cache: CacheReader) -> Objective:
+def objective_of(params: LoopConfig, distill: Distill, cache: CacheReader) -> Objective:
     """What a training section and `distill` ask for, on one cache.
 
     Raises:

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from lib.params.training import TrainConfig
+from lib.params.training import LoopConfig
 
 
-def rate_factor(step: int, params: TrainConfig) -> float:
+def rate_factor(step: int, params: LoopConfig) -> float:
     """Learning-rate multiplier of optimizer step ``step`` (from 0): linear warm-up, then
     constant, or a cosine down to ``min_rate_ratio`` at the last step."""
     if step < params.warmup_steps:

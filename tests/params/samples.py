@@ -26,6 +26,7 @@ SMALLEST: dict[str, Any] = {
     "convert": {},
     "finetune_q2": {},
     "snap": {},
+    "recover": {},
     "ane_check": {},
     "export": {},
     "evaluate": {},

@@ -118,6 +118,8 @@ def test_role_rates() -> None:
         ParameterRole.SCALE_DIRECTION: 1e-3,
         ParameterRole.SCALE_MAGNITUDE: 2e-3,
         ParameterRole.LUT: 1e-2,
+        ParameterRole.ADAPTER: 0.0,
+        ParameterRole.FROZEN: 0.0,
     }
 
 
