@@ -36,6 +36,7 @@ ARGUMENTS = {
     "weights": f"runs/scales/model data/cache data/teacher data/tokens {SCORES} runs/weights",
     "convert": "runs/scales/model data/cache runs/convert",
     "snap": "runs/scales/model runs/snap",
+    "recover": "runs/snap/model data/teacher data/cache data/tokens runs/recover",
     "ane_check": "runs/snap/model data/tokens runs/ane_check",
     "export": "runs/snap/model data/tokens runs/ane_check/deploy.json runs/export",
     "evaluate": "data/teacher data/tokens runs runs/evaluate",

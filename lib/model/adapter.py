@@ -104,6 +104,7 @@ def remove_adapters(model: PreTrainedModel) -> dict[str, LoraLayer]:
     layers = adapter_layers(model)
     for name, layer in layers.items():
         replace_module(model, name, layer.get_base_layer())
+    del model.peft_config
     return layers
 
 
@@ -158,6 +159,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, info: dict[str, Any]) -> 
 def _read_config(folder: Path) -> LoraConfig:
     values = read_json(folder / CONFIG)
     kind = values.get("peft_type") if isinstance(values, dict) else None
+    kind = "DoRA" if kind == "LORA" and values.get("use_dora") else kind
     if kind != "LORA":
         raise InputError(f"{folder / CONFIG} describes {kind or 'no adapter'}; only LORA is known")
     try:

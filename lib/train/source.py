@@ -13,7 +13,7 @@ from lib.base.errors import MismatchError
 from lib.model.load import folder_fingerprint, load_causal_lm, tokenizer_fingerprint
 from lib.objective.distillation import Objective
 from lib.objective.live import LiveObjective, TextBatches
-from lib.params.training import Distill, TrainConfig
+from lib.params.training import Distill, LoopConfig
 from lib.text.sequences import TokenSet
 
 
@@ -72,7 +72,7 @@ class LiveTeacher:
         return {"text": text_of(self.tokens, self.teacher).meta["fingerprint"]}
 
     def load(
-        self, params: TrainConfig, distill: Distill, held_out: Objective, device: torch.device
+        self, params: LoopConfig, distill: Distill, held_out: Objective, device: torch.device
     ) -> tuple[LiveObjective, TextBatches]:
         """The loss and the sequences."""
         objective = LiveObjective(

@@ -13,7 +13,9 @@ from lib.cli.main import app
 from tests.cli.run import lutqat
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("generate", "chat", "inspect", "profile", "convert-checkpoint", "plot")
+COMMANDS = (
+    *("generate", "chat", "inspect", "profile", "convert-checkpoint", "merge-adapter", "plot"),
+)
 
 
 def test_help_names_every_command() -> None:

@@ -83,3 +83,10 @@ def test_edited_text_reruns_tokens(project: Project) -> None:
     Path(project.folder, "data/local/more.txt").write_text("A new document.\n")
     status = project.dvc("status", "tokens")
     assert "data/local" in status
+
+
+def test_the_ladder_ends_with_the_adapter(baseline: Project) -> None:
+    rows = json.loads(baseline.read("runs/evaluate/ladder.json"))["rows"]
+    assert [row["model"] for row in rows][-2:] == ["snap", "+ adapter"]
+    assert rows[-1]["packed_mb"] > rows[-2]["packed_mb"]
+    assert rows[-1]["kl"] != rows[-2]["kl"]

@@ -27,6 +27,7 @@ def write_params(folder: Path, processes: int, *, shard: bool = False) -> None:
     apply_profile("tiny", path)
     values = yaml.safe_load(path.read_text())
     values["scales"].update(steps=STEPS, eval_every=4, checkpoint_every=2)
+    values["recover"].update(steps=4, dropout=0.0)  # each process draws masks of its own rows
     values["run"].update(device="cpu", log_every=1, processes=processes, shard=shard)
     path.write_text(yaml.safe_dump(values))
 
@@ -163,3 +164,16 @@ def test_more_processes_than_sequences(both: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == ParamsError.exit_code
     assert "2 processes cannot share a batch of 1 sequences" in output
+
+
+def test_adapters_train_in_several_processes_too(both: Path) -> None:
+    run(both, "snap", "two/model", "snapped")
+    folders = ("snapped/model", "teacher", "cache", "tokens")
+    for name, processes, shard in (("a1", 1, False), ("a2", 2, False), ("a3", 2, True)):
+        write_params(both, processes, shard=shard)
+        run(both, "recover", *folders, name)
+    for name in ("loss", "val_kd_loss"):
+        one = column(both / "a1", name)
+        assert len(one) >= 4 and one[-1] != one[0]
+        for several in ("a2", "a3"):
+            assert column(both / several, name) == pytest.approx(one, rel=1e-4), (several, name)
