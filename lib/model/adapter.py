@@ -2,8 +2,8 @@
 
     y = x @ W_q.T + bias + (alpha / r) * (dropout(x) @ A.T) @ B.T
 
-Shapes: A ``[r, in]``, B ``[out, r]``, float32; B starts at 0. W_q stays as it is, and gradients pass
-through it to the adapters in front. Source: Hu et al., "LoRA" (2021), section 4.1.
+Shapes: A ``[r, in]``, B ``[out, r]``, float32; B starts at 0. W_q stays as it is, and gradients
+pass through it to the adapters in front. Source: Hu et al., "LoRA" (2021), section 4.1.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> N
     """
     wanted = set(config.target_modules or ())
     for name, layer in projections(model).items():
-        most = min(int(layer.in_features), int(layer.out_features))  # type: ignore[call-overload]
+        assert isinstance(layer, nn.Linear | LutLinear)
+        most = min(layer.in_features, layer.out_features)
         if name.rsplit(".", 1)[-1] in wanted and config.r > most:
             raise ParamsError(
                 f"an adapter's rank {config.r} is above what {name} allows; use at most {most}"
@@ -95,7 +96,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> N
         try:
             inject_adapter_in_model(config, model, _NAME)
         except ValueError as error:
-            raise MismatchError(f"the adapter does not fit the model: {first_line(error)}") from None
+            raise MismatchError(
+                f"the adapter does not fit the model: {first_line(error)}"
+            ) from None
     model.requires_grad_(False)
 
 
@@ -143,7 +146,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, info: dict[str, Any]) -> 
     Args:
         info: plain JSON values to keep: fingerprint of the model they belong to (``base``), result.
     """
-    config: Any = model.peft_config[_NAME]  # type: ignore[index,operator]
+    config: Any = model.peft_config[_NAME]
     values = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -193,8 +196,8 @@ def check_base(folder: Path, checkpoint: Path) -> None:
     found = read_config(checkpoint)["fingerprint"]
     if found != base:
         raise MismatchError(
-            f"the adapter in {folder} was trained on the checkpoint {base}, {checkpoint} is {found}; "
-            "give the checkpoint that it was trained on, or rerun the stage recover"
+            f"the adapter in {folder} was trained on the checkpoint {base}, {checkpoint} is "
+            f"{found}; give the checkpoint that it was trained on, or rerun the stage recover"
         )
 
 

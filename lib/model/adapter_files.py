@@ -1,7 +1,7 @@
 """The folder of an adapter: what lies in it, and whether it holds one. Needs no torch.
 
-Trained: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and ``recover.json``, which
-says what they belong to. Not trained: ``recover.json`` alone.
+Trained: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, and ``recover.json``,
+which says what they belong to. Not trained: ``recover.json`` alone.
 """
 
 from __future__ import annotations

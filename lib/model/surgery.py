@@ -25,7 +25,7 @@ def is_mlp(name: str) -> bool:
 
 
 def adapter_owner(name: str) -> str | None:
-    """Name of the layer that an adapter's parameter stands beside; None where a parameter is none."""
+    """Name of the layer beside which an adapter's parameter stands; None for other parameters."""
     owner, mark, _ = name.partition(_ADAPTER)
     return owner if mark else None
 

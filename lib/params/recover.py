@@ -17,8 +17,8 @@ class Recover(LoopConfig):
     """Optimizer steps; 0 = no adapters."""
     mode: Literal["kd", "kd_cache", "sft", "text"] = "kd_cache"
     """What adapters learn from. `kd_cache`: the teacher's cached logits; `kd`: the teacher itself,
-    run in every step; `text`: the labels of the training text; `sft`: the labels of answers, prompts
-    left out. `distill_weight` is for the first two."""
+    run in every step; `text`: the labels of the training text; `sft`: the labels of answers,
+    prompts left out. `distill_weight` is for the first two."""
     rank: Count = 8
     """Rank r of an adapter, at most the layer's smaller size. Default: the reference."""
     alpha: Positive = 8.0

@@ -75,8 +75,9 @@ def make_lesson(
     if params.mode == "sft":
         if not rows.prompt.any():
             raise InputError(
-                f"no row of {folders.tokens} has a prompt, and recover.mode sft learns what follows "
-                "prompts; add a source of format alpaca or alpaca_chat, or set the mode to text"
+                f"no row of {folders.tokens} has a prompt, and recover.mode sft learns what "
+                "follows prompts; add a source of format alpaca or alpaca_chat, or set the mode to "
+                "text"
             )
         batches = AnswerBatches(rows)
     return Lesson(

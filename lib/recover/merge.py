@@ -29,7 +29,7 @@ REFITS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What became of the wanted change D = W - W_q, with R = W_merged - W_q, of one layer or of all.
+    """What became of the wanted change D = W - W_q, with R = W_merged - W_q, of a layer or of all.
 
     Attributes:
         weights: number of indices; moved: how many are others now.
@@ -113,7 +113,9 @@ def merge_adapters(model: PreTrainedModel, *, refit_scales: bool) -> dict[str, M
                 f"{name} is not snapped; merge into the snapped model that the adapter was trained "
                 "on (runs/snap/model)"
             )
-        merged, found[name] = merge_layer(layer, change_of(adapter), name, refit_scales=refit_scales)
+        merged, found[name] = merge_layer(
+            layer, change_of(adapter), name, refit_scales=refit_scales
+        )
         replace_module(model, name, merged)
     return found
 
@@ -137,12 +139,12 @@ def check_arrived(total: Moved, *, refit_scales: bool) -> None:
     if refit_scales:
         if total.error >= 1:
             raise GateError(
-                f"with refitted scales the merged weights are {total.error:.2f} times as far (squared) "
-                "from the wanted ones as the model without the adapter; keep the adapter separate"
+                f"with refitted scales the merged weights are {total.error:.2f} times as far "
+                "(squared) from the wanted ones as without the adapter; keep the adapter separate"
             )
     elif total.share < LEAST_SHARE:
         raise GateError(
             f"{total.share:.1%} of the adapter's change arrives in the indices ({total.moved:,} of "
-            f"{total.weights:,} move), at least {LEAST_SHARE:.0%} has to; keep the adapter separate, "
-            "or use --refit-scales"
+            f"{total.weights:,} move), at least {LEAST_SHARE:.0%} has to; keep the adapter "
+            "separate, or use --refit-scales"
         )

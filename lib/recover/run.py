@@ -104,9 +104,7 @@ def recover_stage(
         config = params.model_dump(mode="json")
         try:
             trainer = Trainer(*sets, shard=run.shard)
-            with reporting(
-                STAGE, params.steps, out, run, config, tokens_per_step=tokens
-            ) as report:
+            with reporting(STAGE, params.steps, out, run, config, tokens_per_step=tokens) as report:
                 result = trainer.run(report)
         except NonFiniteError as error:
             raise NonFiniteError(

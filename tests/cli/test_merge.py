@@ -9,9 +9,9 @@ import torch
 
 from lib.evaluate.samples import generate_texts
 from lib.model.adapter import (
+    adapter_layers,
     add_adapters,
     change_of,
-    adapter_layers,
     load_adapted,
     lora_config,
     save_adapter,

@@ -25,9 +25,7 @@ def make_snapped(folder: Path, *, baked: bool = False, **changes: Any) -> None:
     model = quantized(**{"lut_size": 4, **changes})
     snap_model(model, baked=baked)
     info = {"stage": "snap", "teacher": folder_fingerprint(folder / "teacher")}
-    save_checkpoint(
-        model, folder / "snap", tokenizer_from=folder / "teacher", info=info, half=True
-    )
+    save_checkpoint(model, folder / "snap", tokenizer_from=folder / "teacher", info=info, half=True)
 
 
 def write_rows(folder: Path, teacher: Path, *, prompts: bool) -> None:
@@ -71,9 +69,7 @@ def section(**changes: Any) -> Recover:
 
 def recover(place: Path, out: Path, tokens: str = "tokens", **changes: Any) -> Progress:
     """Train adapters on ``place/snap``."""
-    folders = Folders(
-        teacher=place / "teacher", cache=place / "cache", tokens=place / tokens
-    )
+    folders = Folders(teacher=place / "teacher", cache=place / "cache", tokens=place / tokens)
     return recover_stage(
         place / "snap",
         folders,

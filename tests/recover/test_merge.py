@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lib.base.errors import GateError, InputError
-from lib.model.adapter import add_adapters, change_of, adapter_layers, lora_config
+from lib.model.adapter import adapter_layers, add_adapters, change_of, lora_config
 from lib.model.linear import LutLinear
 from lib.model.surgery import quantized_layers
 from lib.quant.spec import ScaleForm
@@ -62,11 +62,14 @@ def test_indices_are_the_nearest_and_the_figures_are_those(form: ScaleForm, lut_
         scale, levels = a @ b, layer.levels()
         distances = (aim[name][..., None] - scale[..., None] * levels).abs()  # of every level
         chosen = distances.gather(2, layer.indices.long()[..., None]).squeeze(2)
-        assert (chosen <= distances.amin(dim=2) + 1e-5 * scale.abs()).all()
+        near = 2**-10 * scale.abs()  # rounding finds levels before they were rounded to FP16
+        assert (chosen <= distances.amin(dim=2) + near).all()
         change, real = aim[name] - before[name], layer.dequantized() - before[name]
         assert row.weights == real.numel()
         assert row.moved == int((real != 0).sum())
-        assert row.share == pytest.approx(float((real * change).sum() / change.square().sum()), rel=1e-3)
+        assert row.share == pytest.approx(
+            float((real * change).sum() / change.square().sum()), rel=1e-3
+        )
         error = (layer.dequantized() - aim[name]).square().sum() / change.square().sum()
         assert row.error == pytest.approx(float(error), rel=1e-3)
     untouched = quantized_layers(model).keys() - rows.keys()

@@ -45,7 +45,7 @@ def test_every_mode_trains_and_keeps_the_best_by_held_out_kd(
     measured = [row["val_kd_loss"] for row in progress.rows if row.get("val_kd_loss") is not None]
     assert progress.best_loss == min(measured) and len(measured) == 4
     if mode.startswith("kd"):
-        assert progress.best_loss < 0.9 * progress.initial_loss
+        assert progress.best_loss < 0.97 * progress.initial_loss
     assert held_out_kd(place, tmp_path / "adapter") == pytest.approx(progress.best_loss, rel=1e-5)
     assert {path.name: path.read_bytes() for path in (place / "snap").iterdir()} == before
     info = json.loads((tmp_path / "adapter/recover.json").read_text())
