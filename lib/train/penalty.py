@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.params.training import TrainConfig
+from lib.params.training import LoopConfig
 from lib.train.roles import Trainable
 
 HeldOut = Callable[[], float]
@@ -42,7 +42,7 @@ class Penalty(Protocol):
         """The model has its best parameters: make it an ordinary quantized one again."""
 
 
-MakePenalty = Callable[[PreTrainedModel, list[Trainable], TrainConfig], Penalty]
+MakePenalty = Callable[[PreTrainedModel, list[Trainable], LoopConfig], Penalty]
 """From the model (on its device), what of it trains, and the section."""
 
 
@@ -71,7 +71,7 @@ class NoPenalty:
 
 
 def no_penalty(
-    _model: PreTrainedModel, _trainables: list[Trainable], _params: TrainConfig
+    _model: PreTrainedModel, _trainables: list[Trainable], _params: LoopConfig
 ) -> Penalty:
     """The maker of :class:`NoPenalty`."""
     return NoPenalty()

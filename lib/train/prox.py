@@ -19,7 +19,7 @@ from lib.model.grid import LayerGrid, fits, hardened
 from lib.model.linear import LutLinear, ParameterRole
 from lib.model.surgery import is_mlp, master_linear, replace_module
 from lib.params.prox import Prox
-from lib.params.training import Regularizer, TrainConfig
+from lib.params.training import LoopConfig, Regularizer
 from lib.quant.average import moved_average
 from lib.quant.prox import Control, DualControl, GammaSchedule, mean_square, relative
 from lib.train.penalty import HeldOut, MakePenalty, Penalty, no_penalty
@@ -36,7 +36,7 @@ def penalty_of(regularizer: Regularizer, prox: Prox) -> MakePenalty:
     if regularizer == "none":
         return no_penalty
 
-    def make(model: PreTrainedModel, trainables: list[Trainable], params: TrainConfig) -> Penalty:
+    def make(model: PreTrainedModel, trainables: list[Trainable], params: LoopConfig) -> Penalty:
         return ProxPenalty(model, trainables, params, prox)
 
     return make
@@ -52,8 +52,10 @@ def selected(trainables: list[Trainable], select: str) -> dict[str, LutLinear]:
     layers = {}
     for item in trainables:
         name = item.name.removesuffix(f".{item.local_name}")
-        if item.role is ParameterRole.WEIGHT and is_mlp(name) in wanted:
-            layers[name] = item.layer
+        if item.role is not ParameterRole.WEIGHT or is_mlp(name) not in wanted:
+            continue
+        assert isinstance(item.layer, LutLinear)
+        layers[name] = item.layer
     if not layers:
         raise ParamsError(
             f"prox.select = {select}: no such layer trains; change it, train_mlp_only or "
@@ -82,7 +84,7 @@ class ProxPenalty:
         self,
         model: PreTrainedModel,
         trainables: list[Trainable],
-        params: TrainConfig,
+        params: LoopConfig,
         prox: Prox,
     ) -> None:
         self.model, self.prox, self.steps = model, prox, params.steps

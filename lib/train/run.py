@@ -210,10 +210,9 @@ def train_stage(
         task = Task(start.model, params, objective, train, val, device, scratch)
         with _naming(stage):
             if by_block is None:
-                trained = _end_to_end(task, live, distill, run, report, penalty)
+                model, progress, plain = _end_to_end(task, live, distill, run, report, penalty)
             else:
-                trained = _block_after_block(by_block.make(task), scratch, report)
-        model, progress, plain = trained
+                model, progress, plain = _block_after_block(by_block.make(task), scratch, report)
         figures = _grid_figures(model, grid_atol, out)
         info = {
             "stage": stage,
