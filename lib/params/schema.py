@@ -119,6 +119,11 @@ class Params(Section):
                 f"{list(known)}; add it there or set distill.target to candidates"
             )
         check_convert(self.quant, self.convert)
+        if self.recover.steps and self.snap.form == "baked":
+            raise ValueError(
+                f"recover.steps = {self.recover.steps}: adapters stand beside quantized layers, "
+                "and snap.form is baked, which has none; set it to 0 or snap.form to lut"
+            )
         for name, method in (("scales", self.scales.method), ("weights", self.weights.method)):
             if self.run.processes > 1 and method != "e2e":
                 raise ValueError(

@@ -17,6 +17,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"recover.rate": 0.0}, ["recover.rate = 0.0", "greater than 0"]),
     ({"recover.warmup_steps": 5}, ["recover.warmup_steps = 5", "steps = 0"]),
     ({"recover.rates": {}}, ["recover.rates", "did you mean recover.rate?"]),
+    (
+        {"recover.steps": 3, "snap.form": "baked"},
+        ["recover.steps = 3", "snap.form is baked", "snap.form to lut"],
+    ),
     *(
         (
             {"recover.mode": mode, "recover.hard_top1_weight": 0.1},
@@ -45,6 +49,7 @@ def test_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
         {"recover.mode": "kd", "recover.hard_full_weight": 0.1},
         {"recover.hard_top1_weight": 0.1, "recover.hard_full_weight": 0.1},
         {"recover.mode": "sft", "recover.alpha": 16},
+        {"snap.form": "baked"},
     ],
 )
 def test_accepted(changes: dict[str, Any]) -> None:

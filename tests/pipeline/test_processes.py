@@ -27,7 +27,7 @@ def write_params(folder: Path, processes: int, *, shard: bool = False) -> None:
     apply_profile("tiny", path)
     values = yaml.safe_load(path.read_text())
     values["scales"].update(steps=STEPS, eval_every=4, checkpoint_every=2)
-    values["recover"].update(steps=4, dropout=0.0)  # each process draws masks of its own rows
+    values["recover"].update(steps=4, dropout=0.0)  # masks of one and of several differ
     values["run"].update(device="cpu", log_every=1, processes=processes, shard=shard)
     path.write_text(yaml.safe_dump(values))
 
