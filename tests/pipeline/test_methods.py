@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 
 import pytest
@@ -43,7 +44,9 @@ def test_proximal_training_killed_and_resumed(project: Project) -> None:
     output = project.dvc("repro", "weights")
     assert "initial held-out loss" in output and "final held-out loss" in output
     whole, metrics = project.locked()["weights"], project.metrics("weights")
-    assert metrics["prox_coefficient"] > 0 and metrics["hit_rate"] > before["hit_rate"]
+    assert metrics["prox_coefficient"] > 0
+    rows = list(csv.DictReader(project.read("runs/weights/log.csv").splitlines()))
+    assert float(rows[-1]["hit_rate"]) > 1.5 * float(rows[0]["hit_rate"])
     project.forget("weights")
     halt = "weights lib.train.loop save_state 2 kill"
     project.dvc("repro", "weights", status=-signal.SIGKILL, HALT=halt)
