@@ -33,16 +33,13 @@ def main(teacher: Path, tokens: Path, out: Path) -> None:
     if wanted.train_sequences:
         sets["train"] = sets["train"].first(wanted.train_sequences)
     specs = {
-        split: CacheSpec(
+        split: CacheSpec.of(
+            wanted,
             **marks,
             tokens=rows.meta["fingerprint"],
             split=split,
             vocab_size=model.config.vocab_size,
             max_length=rows.input_ids.shape[1],
-            top_k=wanted.top_k,
-            negatives=wanted.negatives,
-            temperatures=wanted.temperatures,
-            seed=wanted.seed,
         )
         for split, rows in sets.items()
     }

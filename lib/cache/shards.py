@@ -4,7 +4,8 @@ A cache folder holds ``shard-00000.arrow``, ... and ``index.json`` (spec, rows, 
 of every shard, and a digest over all of it). Each shard is one record batch whose schema
 metadata repeats the spec and says which rows it holds, so that a foreign or misplaced shard is
 refused by name. Columns with several values per row are flat FixedSizeLists of
-``CacheSpec.columns()``; a column of width 0 (no negatives, say) is left out.
+``CacheSpec.columns()`` (``lib.cache.codec`` says what packed ones hold); a column of width 0 (no
+negatives, say) is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import atomic_file, fingerprint, read_json, sha256_file, write_json
-from lib.cache.spec import CacheSpec
+from lib.cache.codec import decode
+from lib.cache.spec import CacheSpec, negative_mask
 
 INDEX = "index.json"
 METADATA_KEY = b"lutqat"
@@ -206,29 +208,6 @@ def map_shard(path: Path, spec: CacheSpec) -> dict[str, np.ndarray]:
     return columns
 
 
-def negative_mask(negative_ids: Tensor, topk_ids: Tensor) -> Tensor:
-    """Which negatives count at which position: those that are not in its top k.
-
-    Args:
-        negative_ids: long ``[B, R]``, distinct within a row; topk_ids: long ``[B, P, K]``.
-
-    Returns:
-        bool ``[B, P, R]``, True = usable.
-    """
-    rows, positions, k = topk_ids.shape
-    count = negative_ids.shape[1]
-    # one column more than needed collects the top-k ids that are not negatives
-    mask = torch.ones(rows, positions, count + 1, dtype=torch.bool, device=topk_ids.device)
-    if count:
-        ordered, order = negative_ids.sort(dim=1)
-        wanted = topk_ids.reshape(rows, positions * k).contiguous()
-        place = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
-        found = ordered.gather(1, place) == wanted
-        column = torch.where(found, order.gather(1, place), count)
-        mask.scatter_(2, column.view(rows, positions, k), False)
-    return mask[..., :count]
-
-
 @dataclasses.dataclass(frozen=True)
 class CachedBatch:
     """Rows of a cache as tensors; B rows, P = L - 1 positions, K top candidates, R negatives.
@@ -244,11 +223,11 @@ class CachedBatch:
     topk_ids: Tensor
     """long ``[B, P, K]``, most likely first."""
     topk_logprobs: Tensor
-    """float32 ``[B, P, K]`` (rounded to float16)."""
+    """float32 ``[B, P, K]``, as exact as the codec keeps them: raw rounds to float16."""
     negative_ids: Tensor
     """long ``[B, R]``."""
     negative_logprobs: Tensor
-    """float32 ``[B, P, R]`` (rounded to float16)."""
+    """float32 ``[B, P, R]``, as exact as the codec keeps them."""
     negative_mask: Tensor
     """bool ``[B, P, R]``: usable, that is, not in the position's top k."""
     logsumexp: Tensor
@@ -345,7 +324,8 @@ class CacheReader:
 
     def batch(self, rows: np.ndarray) -> CachedBatch:
         """These rows, in this order, as tensors on the CPU; raises like :meth:`gather`."""
-        raw = {name: torch.from_numpy(values) for name, values in self.gather(rows).items()}
+        plain = decode(self.spec, rows, self.gather(rows))
+        raw = {name: torch.from_numpy(values) for name, values in plain.items()}
         targets = torch.arange(1, self.spec.max_length)
         topk_ids, negative_ids = raw["topk_ids"].long(), raw["negative_ids"].long()
         return CachedBatch(

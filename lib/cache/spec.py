@@ -2,18 +2,43 @@
 
 Shapes: N rows (sequences) of L tokens, P = L - 1 positions that predict a next token, K top
 candidates, R negatives, n temperatures.
+
+Codec ``raw`` stores numbers as they are. Codec ``packed`` stores, per position, a record of fixed
+size (lib/cache/codec.py) and a few bits for each negative, whose ids the reader draws again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lib.base.errors import CorruptError, ParamsError
 from lib.base.files import fingerprint
+from lib.cache.layout import negative_bytes, record_bytes
+
+Codec = Literal["raw", "packed"]
+
+
+class Kept(Protocol):
+    """What section `cache` of params.yaml says about the content; see :class:`CacheSpec`."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def negatives(self) -> int: ...
+    @property
+    def temperatures(self) -> tuple[float, ...]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def level_bits(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +69,10 @@ class CacheSpec:
     """Temperatures T at which logsumexp(logprob / T) over the vocabulary is kept."""
     seed: int
     """Seed of the negatives."""
+    codec: Codec = "raw"
+    """How the columns are stored."""
+    level_bits: int = 6
+    """``packed``: bits for each of the top k's probabilities."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.vocab_size:
@@ -59,6 +88,16 @@ class CacheSpec:
             )
         if self.max_length < 2:
             raise ParamsError(f"tokens.max_length = {self.max_length}; a row needs at least 2")
+
+    @classmethod
+    def of(cls, kept: Kept, **identity: Any) -> Self:
+        """The spec with what ``kept`` says; ``identity`` gives the other fields.
+
+        Raises:
+            ParamsError: see above.
+        """
+        names = ("top_k", "negatives", "temperatures", "seed", "codec", "level_bits")
+        return cls(**{name: getattr(kept, name) for name in names}, **identity)
 
     @property
     def positions(self) -> int:
@@ -92,6 +131,15 @@ class CacheSpec:
         """Type and shape per row of every column, in file order."""
         p = self.positions
         i32, f16, f32 = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
+        if self.codec == "packed":
+            u8 = np.dtype(np.uint8)
+            sizes = (self.vocab_size, self.top_k, self.temperatures, self.level_bits)
+            return {
+                "input_ids": (i32, (self.max_length,)),
+                "length": (i32, ()),
+                "records": (u8, (p, record_bytes(*sizes))),
+                "negative_levels": (u8, (p, negative_bytes(self.negatives))),
+            }
         return {
             "input_ids": (i32, (self.max_length,)),
             "length": (i32, ()),
@@ -114,8 +162,31 @@ def draw_negatives(spec: CacheSpec, row: int) -> np.ndarray:
 
     Uniform over the vocabulary, without replacement, a function of (seed, split, row) alone:
     neither batch nor shard layout matters. A negative may be in the top k of a position;
-    ``lib.cache.shards.negative_mask`` excludes it there.
+    :func:`negative_mask` excludes it there.
     """
     generator = np.random.default_rng([spec.seed, zlib.crc32(spec.split.encode()), row])
     drawn = generator.choice(spec.vocab_size, size=spec.negatives, replace=False)
     return drawn.astype(np.int32)
+
+
+def negative_mask(negative_ids: Tensor, topk_ids: Tensor) -> Tensor:
+    """Which negatives count at which position: those that are not in its top k.
+
+    Args:
+        negative_ids: long ``[B, R]``, distinct within a row; topk_ids: long ``[B, P, K]``.
+
+    Returns:
+        bool ``[B, P, R]``, True = usable.
+    """
+    rows, positions, k = topk_ids.shape
+    count = negative_ids.shape[1]
+    # one column more than needed collects the top-k ids that are not negatives
+    mask = torch.ones(rows, positions, count + 1, dtype=torch.bool, device=topk_ids.device)
+    if count:
+        ordered, order = negative_ids.sort(dim=1)
+        wanted = topk_ids.reshape(rows, positions * k).contiguous()
+        place = torch.searchsorted(ordered, wanted).clamp_(max=count - 1)
+        found = ordered.gather(1, place) == wanted
+        column = torch.where(found, order.gather(1, place), count)
+        mask.scatter_(2, column.view(rows, positions, k), False)
+    return mask[..., :count]

@@ -22,6 +22,7 @@ from lib.base.errors import CorruptError, InputError, LutqatError, MismatchError
 from lib.base.files import atomic_folder, read_json, write_json
 from lib.base.progress import track
 from lib.base.workers import is_main, rank, wait_for_everyone, world_size
+from lib.cache.codec import encode
 from lib.cache.shards import (
     CacheReader,
     ShardEntry,
@@ -237,13 +238,11 @@ def capture_rows(
         part = _read_logits(logits.float(), negatives[start : start + size], spec)
         _check_finite(part.pop("finite"), start, first, spec)
         parts.append({name: value.cpu().numpy() for name, value in part.items()})
-    columns = {
-        name: np.concatenate([part[name] for part in parts]).reshape(
-            stop - first, *spec.columns()[name][1]
-        )
-        for name in parts[0]
-    }
-    return {"input_ids": ids, "length": lengths, "negative_ids": drawn, **columns}
+    columns = {"input_ids": ids, "length": lengths, "negative_ids": drawn}
+    for name in parts[0]:
+        values = np.concatenate([part[name] for part in parts])
+        columns[name] = values.reshape(stop - first, spec.positions, *values.shape[1:])
+    return encode(spec, columns)
 
 
 def _sums(logits: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,9 +259,10 @@ def _read_logits(logits: Tensor, negatives: Tensor, spec: CacheSpec) -> dict[str
     """What is kept of a chunk: ``logits [C, V]`` float32, ``negatives [C, R]`` ids."""
     logsumexp, smallest, scaled = fused(_sums, logits, spec.temperatures, worth=_WORTH_COMPILING)
     top = logits.topk(spec.top_k, dim=1)
+    dtype = torch.float16 if spec.codec == "raw" else torch.float32
 
     def logprobs(values: Tensor) -> Tensor:
-        return (values - logsumexp[:, None]).clamp(min=_HALF_MIN).half()
+        return (values - logsumexp[:, None]).clamp(min=_HALF_MIN).to(dtype)
 
     return {
         "topk_ids": top.indices.int(),
@@ -307,11 +307,10 @@ def cache_statistics(folder: Path) -> dict[str, Any]:
     reader = CacheReader(folder)
     tokens, mass = 0, 0.0
     for start in range(0, len(reader), 64):
-        raw = reader.gather(np.arange(start, min(start + 64, len(reader))))
-        mask = np.arange(1, reader.spec.max_length) < raw["length"][:, None]
-        kept = np.exp(raw["topk_logprobs"].astype(np.float64)).sum(axis=2)
-        tokens += int(mask.sum())
-        mass += float(kept[mask].sum())
+        batch = reader.batch(np.arange(start, min(start + 64, len(reader))))
+        kept = batch.topk_logprobs.double().exp().sum(dim=2)
+        tokens += int(batch.mask.sum())
+        mass += float(kept[batch.mask].sum())
     return {
         "sequences": len(reader),
         "tokens": tokens,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib.base.errors import InputError
-from lib.cache.spec import CacheSpec
+from lib.cache.spec import CacheSpec, Kept
 from lib.capture.build import build_cache
 from lib.model.load import tokenizer_fingerprint
 from lib.text.build import pad_id_of
@@ -20,21 +20,13 @@ from lib.text.pack import Encoded, Packer
 from lib.text.sequences import TokenSet, write_tokens
 
 
-class Settings(Protocol):
+class Settings(Kept, Protocol):
     """The `cache` section of params.yaml."""
 
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def negatives(self) -> int: ...
-    @property
-    def temperatures(self) -> tuple[float, ...]: ...
     @property
     def batch_size(self) -> int: ...
     @property
     def shard_sequences(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 def cache_texts(
@@ -66,17 +58,14 @@ def cache_texts(
         for split, part in hold_out(texts, val_fraction).items():
             _write_rows(work / split, part, split, tokenizer, mark, max_length)
             rows = TokenSet(work / split)
-            spec = CacheSpec(
+            spec = CacheSpec.of(
+                settings,
                 teacher=teacher_mark,
                 tokenizer=mark,
                 tokens=rows.meta["fingerprint"],
                 split=split,
                 vocab_size=teacher.config.get_text_config().vocab_size,
                 max_length=max_length,
-                top_k=settings.top_k,
-                negatives=settings.negatives,
-                temperatures=settings.temperatures,
-                seed=settings.seed,
             )
             build_cache(
                 teacher,

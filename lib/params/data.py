@@ -180,6 +180,12 @@ class Cache(Section):
     """Sequences per shard: the step at which a killed build resumes."""
     seed: Seed = 0
     """Seed of the negatives."""
+    codec: Literal["raw", "packed"] = "raw"
+    """`raw`: ids, log-probabilities and sums as numbers; `packed`: about a third of the bytes, with
+    ids exact and probabilities rounded (docs/cache.md)."""
+    level_bits: Annotated[int, Field(ge=3, le=8)] = 6
+    """`packed` only: bits for each of the top-k probabilities, 3 to 8; one more divides the error
+    (KL) by 4. More are used where the ids leave room."""
 
     @field_validator("temperatures")
     @classmethod

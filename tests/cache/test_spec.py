@@ -27,6 +27,8 @@ def test_json_round_trip_and_fingerprint() -> None:
         "negatives": 6,
         "temperatures": (1.0,),
         "seed": 4,
+        "codec": "packed",
+        "level_bits": 5,
     }
     assert changed.keys() == {field.name for field in dataclasses.fields(SPEC)}
     prints = {dataclasses.replace(SPEC, **{k: v}).fingerprint for k, v in changed.items()}

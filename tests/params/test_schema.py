@@ -86,6 +86,9 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"cache.temperatures": [2.0, 2.0]}, ["cache.temperatures", "repeat"]),
     ({"cache.temperatures": [0.0]}, ["cache.temperatures.0 = 0.0", "greater than 0"]),
     ({"cache.shard_sequences": 0}, ["cache.shard_sequences = 0"]),
+    ({"cache.codec": "zip"}, ["cache.codec", "zip", "raw", "packed"]),
+    ({"cache.level_bits": 2}, ["cache.level_bits = 2", "3"]),
+    ({"cache.level_bits": 9}, ["cache.level_bits = 9", "8"]),
     # quant and convert
     ({"quant.lut_size": 5}, ["quant.lut_size = 5", "power of two from 2 to 256"]),
     ({"quant.lut_size": 512}, ["quant.lut_size = 512", "power of two"]),

@@ -1,0 +1,122 @@
+"""Reading all of a cache once, to find whatever is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lib.base.errors import CorruptError, InputError, MismatchError
+from lib.base.files import read_json
+from lib.cache.codec import decode
+from lib.cache.shards import INDEX, CacheIndex, check_shard, map_shard, read_index
+from lib.cache.spec import CacheSpec, draw_negatives
+
+_ROWS = 64  # decoded at a time
+_SHARED = ("teacher", "tokenizer", "vocab_size", "max_length", "top_k", "temperatures", "codec")
+_REMEDY = "delete the cache folder and rerun the cache stage"
+
+
+def cache_folders(folder: Path) -> list[Path]:
+    """``folder`` itself where it is the cache of one split, else the caches in it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (folder / INDEX).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    if not found:
+        raise InputError(f"{folder} holds no teacher cache; give data/cache or one split of it")
+    return found
+
+
+def verify(folder: Path) -> int:
+    """Check every byte and value of the caches in ``folder``; returns the number of rows.
+
+    Checked are: the index against its digest and fingerprint, every shard's SHA-256, rows without
+    gap; ids in the vocabulary and distinct, lengths, negatives as drawn, numbers finite and
+    probabilities at most 1, the likeliest first; that all splits have one teacher.
+
+    Raises:
+        InputError: there is no cache.
+        CorruptError: the first fault, by file, row and column.
+    """
+    rows, specs = 0, []
+    for place in cache_folders(folder):
+        try:
+            index = read_index(place)
+            rows += _check_split(place, index)
+        except MismatchError as error:
+            raise CorruptError(str(error)) from None
+        specs.append((place, index.spec))
+    first, known = specs[0]
+    for place, spec in specs[1:]:
+        for key in _SHARED:
+            one, other = getattr(known, key), getattr(spec, key)
+            if one != other:
+                raise CorruptError(f"{first} has {key} {one}, {place} has {other}; {_REMEDY}")
+    return rows
+
+
+def _check_split(folder: Path, index: CacheIndex) -> int:
+    """Check one split; returns its rows."""
+    path, spec = folder / INDEX, index.spec
+    found = read_json(path)["fingerprint"]
+    if found != spec.fingerprint:
+        raise CorruptError(f"{path} has fingerprint {found}, not {spec.fingerprint}; {_REMEDY}")
+    if not index.complete:
+        raise CorruptError(f"{folder} is unfinished; rerun the cache stage")
+    row = 0
+    for entry in index.shards:
+        file = folder / entry.file
+        check_shard(folder, spec, entry)
+        stored = map_shard(file, spec)
+        held = len(stored["length"])
+        if (entry.first, entry.rows) != (row, held):
+            raise CorruptError(
+                f"{file} holds {held} rows from {row} on, the index says {entry.rows} from "
+                f"{entry.first} on; {_REMEDY}"
+            )
+        for start in range(0, held, _ROWS):
+            part = {name: values[start : start + _ROWS] for name, values in stored.items()}
+            rows = row + np.arange(start, min(start + _ROWS, held))
+            for name, fault, good in _faults(spec, rows, part, str(file)):
+                if not good.all():
+                    bad = rows[int(np.flatnonzero(~good)[0])]
+                    raise CorruptError(f"{file}: row {bad}, {name}: {fault}; {_REMEDY}")
+        row += held
+    return row
+
+
+def _faults(
+    spec: CacheSpec, rows: np.ndarray, stored: dict[str, np.ndarray], file: str
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Column, what would be wrong with it, and which of the rows ``[B]`` are good."""
+    vocabulary = f"ids outside the vocabulary of {spec.vocab_size}"
+
+    def every(good: np.ndarray) -> np.ndarray:
+        return np.logical_and.reduce(good.reshape(len(rows), -1), axis=1)
+
+    def known(ids: np.ndarray) -> np.ndarray:
+        return every((ids >= 0) & (ids < spec.vocab_size))
+
+    length = stored["length"]
+    yield "input_ids", vocabulary, known(stored["input_ids"])
+    yield "length", f"not 1 to {spec.max_length}", (length >= 1) & (length <= spec.max_length)
+    try:
+        plain = decode(spec, rows, stored)
+    except IndexError:
+        raise CorruptError(
+            f"{file}: rows {rows[0]} to {rows[-1]}: a record ends too early; {_REMEDY}"
+        ) from None
+    yield "topk_ids", vocabulary, known(plain["topk_ids"])
+    yield "topk_ids", "the same id twice", every(np.diff(np.sort(plain["topk_ids"], axis=2)) > 0)
+    drawn = np.stack([draw_negatives(spec, int(row)) for row in rows])
+    yield "negative_ids", "not those of seed and row", every(plain["negative_ids"] == drawn)
+    for name in ("topk_logprobs", "negative_logprobs", "logsumexp", "scaled_logsumexp"):
+        yield name, "not finite", every(np.isfinite(plain[name]))
+    top = plain["topk_logprobs"].astype(np.float32)
+    yield "topk_logprobs", "above 0, probability 1", every(top <= 1e-5)
+    yield "topk_logprobs", "not in descending order", every(np.diff(top, axis=2) <= 0)
