@@ -106,7 +106,8 @@ def _faults(
     yield "input_ids", vocabulary, known(stored["input_ids"])
     yield "length", f"not 1 to {spec.max_length}", (length >= 1) & (length <= spec.max_length)
     try:
-        plain = decode(spec, rows, stored)
+        with np.errstate(all="ignore"):  # what is not finite is reported below
+            plain = decode(spec, rows, stored)
     except IndexError:
         raise CorruptError(
             f"{file}: rows {rows[0]} to {rows[-1]}: a record ends too early; {_REMEDY}"

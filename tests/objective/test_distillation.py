@@ -129,6 +129,25 @@ def test_cached_kd_with_the_whole_vocabulary_is_full_logit_kd(tmp_path: Path) ->
             assert float(sums.held) == pytest.approx(float(slow[batch.mask].sum()), rel=2e-3)
 
 
+def test_the_same_from_a_packed_cache_within_its_rounding(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"rows": 4, "top_k": VOCAB, "negatives": 0}
+    raw, _ = readers(make_caches(tmp_path / "raw", **changes))
+    model, held = student(), {}
+    with torch.no_grad():
+        wanted = make_objective(raw, temperature=2.0, target="tail")(model, raw.batch(np.arange(4)))
+        for bits in (3, 8):
+            name = f"packed-{bits}"
+            made = make_caches(tmp_path / name, codec="packed", level_bits=bits, **changes)
+            packed, _ = readers(made)
+            for target in ("candidates", "tail"):
+                objective = make_objective(packed, temperature=2.0, target=target)
+                sums = objective(model, packed.batch(np.arange(4)))
+                held[target, bits] = abs(float(sums.held / wanted.held) - 1)
+    # rounding moves the loss by about 2 sqrt(KL loss), KL quartered by each bit
+    for target in ("candidates", "tail"):
+        assert held[target, 8] < 2e-3 < held[target, 3] < 0.2
+
+
 def test_padding_does_not_count(cache: Path) -> None:
     train, _ = readers(cache)
     batch = train.batch(np.array([0, 1]))

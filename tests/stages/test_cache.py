@@ -32,7 +32,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_params(negatives: int, **changes: int) -> None:
+def write_params(negatives: int, **changes: int | str) -> None:
     sizes = {"top_k": 32, "negatives": negatives, "batch_size": 2, "shard_sequences": 4}
     sections = {
         **read_yaml(PARAMS),
@@ -100,6 +100,14 @@ def test_fewer_train_sequences_on_request(workspace: Path) -> None:
     found = part.batch(np.arange(6))
     for name in ("input_ids", "mask", "topk_ids", "topk_logprobs", "negative_ids"):
         assert np.array_equal(getattr(found, name), getattr(whole, name)), name
+
+
+def test_packed_on_request(workspace: Path) -> None:
+    write_params(negatives=8, codec="packed", level_bits=4)
+    stages.cache.main(*ARGUMENTS)
+    reader = CacheReader(Path("cache/train"), {"codec": "packed", "level_bits": 4})
+    assert reader.spec.columns().keys() >= {"records", "negative_levels"}
+    assert reader.batch(np.arange(10)).topk_ids.shape == (10, LENGTH - 1, 32)
 
 
 def test_stage_stopped_between_its_splits_keeps_the_first(

@@ -65,6 +65,20 @@ def test_rows_of_the_log(cache: Path, tmp_path: Path) -> None:
     assert float(hard.rows[1]["loss"] or 0) > float(hard.rows[1]["kd_loss"] or 0)
 
 
+def test_a_packed_cache_trains_to_nearly_the_same_loss(cache: Path, tmp_path: Path) -> None:
+    packed = make_caches(tmp_path / "packed", codec="packed")
+    found = {}
+    for name, folder in (("raw", cache), ("packed", packed)):
+        model = quantized(lut_size=4)
+        train(model, folder, tmp_path, config(steps=20))
+        judge = trainer(model, cache, tmp_path, config())  # both by the raw cache
+        found[name] = judge.held_out_loss()
+    start = trainer(quantized(lut_size=4), cache, tmp_path, config()).held_out_loss()
+    assert found["raw"] < 0.95 * start
+    assert found["packed"] == pytest.approx(found["raw"], rel=0.01)
+    assert found["packed"] != found["raw"]
+
+
 def test_same_seed_same_run_other_seed_other_run(cache: Path, tmp_path: Path) -> None:
     runs = []
     for seed in (0, 0, 1):
