@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.teachers import columns_of, packed_spec, zipf_logits
 from lib.base.errors import CorruptError, MismatchError
 from lib.cache.codec import decode, encode
 from lib.cache.layout import record_bytes
@@ -23,13 +24,7 @@ from lib.cache.shards import (
     write_shard,
 )
 from lib.cache.spec import CacheSpec, draw_negatives
-from tests.cache.teachers import (
-    columns_of,
-    divergence,
-    divergence_with_rest,
-    packed_spec,
-    zipf_logits,
-)
+from tests.cache.divergence import divergence, divergence_with_rest
 
 Columns = dict[str, np.ndarray]
 

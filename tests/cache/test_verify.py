@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.teachers import columns_of, packed_spec
 from lib.base.errors import CorruptError, InputError
 from lib.base.files import fingerprint, read_json, write_json
 from lib.cache.codec import encode
 from lib.cache.shards import shard_name, write_index, write_shard
 from lib.cache.spec import CacheSpec
 from lib.cache.verify import cache_folders, verify
-from tests.cache.teachers import columns_of, packed_spec
 
 PACKED = packed_spec(vocab_size=97, max_length=6, top_k=4, negatives=5)
 RAW = dataclasses.replace(PACKED, codec="raw")

@@ -49,8 +49,12 @@ def zipf_logits(spec: CacheSpec, rows: int, seed: int = 0, crowded: bool = False
     return logits
 
 
-def columns_of(spec: CacheSpec, logits: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of codec ``raw``, log-probabilities float32, of logits ``[B, P, V]``."""
+def columns_of(spec: CacheSpec, logits: np.ndarray, first: int = 0) -> dict[str, np.ndarray]:
+    """Columns of codec ``raw``, log-probabilities float32, of logits ``[B, P, V]``.
+
+    Args:
+        first: number of the first row, which the negatives depend on.
+    """
     rows = len(logits)
 
     def logsumexp(values: np.ndarray) -> np.ndarray:
@@ -60,7 +64,7 @@ def columns_of(spec: CacheSpec, logits: np.ndarray) -> dict[str, np.ndarray]:
     total = logsumexp(logits)
     logprobs = np.maximum(logits - total[:, :, None], -65504)
     ids = logprobs.argsort(axis=2, kind="stable")[:, :, ::-1][:, :, : spec.top_k]
-    negatives = np.stack([draw_negatives(spec, row) for row in range(rows)])
+    negatives = np.stack([draw_negatives(spec, first + row) for row in range(rows)])
     shared = np.broadcast_to(negatives[:, None], (rows, spec.positions, spec.negatives))
     scaled = [logsumexp(logprobs / t) for t in spec.temperatures]
     generator = np.random.default_rng(1)
@@ -75,31 +79,5 @@ def columns_of(spec: CacheSpec, logits: np.ndarray) -> dict[str, np.ndarray]:
         "logsumexp": total.astype(np.float32),
         "scaled_logsumexp": np.stack(scaled, axis=2).astype(np.float32)
         if scaled
-        else np.empty((rows, spec.positions, 0), np.float32),
+        else np.empty((rows, spec.positions, 0), dtype=np.float32),
     }
-
-
-def divergence(exact: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> np.ndarray:
-    """KL ``[B, P]`` at T = 1 over the renormalized top k."""
-    one, other = (_by_id(columns) for columns in (exact, found))
-    one, other = (x - np.log(np.exp(x).sum(axis=2, keepdims=True)) for x in (one, other))
-    return (np.exp(one) * (one - other)).sum(axis=2)
-
-
-def divergence_with_rest(
-    exact: dict[str, np.ndarray], found: dict[str, np.ndarray], spec: CacheSpec, column: int
-) -> np.ndarray:
-    """T^2 KL ``[B, P]`` at one of the spec's temperatures, over top k and the rest as a class."""
-    t = spec.temperatures[column]
-    parts = []
-    for columns in (exact, found):
-        inside = _by_id(columns) / t - columns["scaled_logsumexp"][:, :, column, None]
-        rest = np.maximum(1 - np.exp(inside).sum(axis=2, keepdims=True), 1e-7)
-        parts.append(np.concatenate([inside, np.log(rest)], axis=2))
-    return t**2 * (np.exp(parts[0]) * (parts[0] - parts[1])).sum(axis=2)
-
-
-def _by_id(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Log-probabilities float64 in ascending order of their ids."""
-    order = columns["topk_ids"].argsort(axis=2)
-    return np.take_along_axis(columns["topk_logprobs"], order, axis=2).astype(np.float64)
