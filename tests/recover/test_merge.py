@@ -18,7 +18,7 @@ from tests.export.snapped_models import snapped
 from tests.tiny_models import quantized
 
 TARGETS = ["q_proj", "down_proj"]
-FORMS = [ScaleForm.LOWRANK, ScaleForm.DIRECTIONAL, ScaleForm.GROUP]
+FORMS = list(ScaleForm)
 
 
 def adapted(share: float, **changes: Any) -> PreTrainedModel:
