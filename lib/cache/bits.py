@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import numpy as np
 
-MOST_BITS = 32  # of one field: a window of 40 bits from any byte on holds it
-
 
 def doublings(values: np.ndarray) -> np.ndarray:
     """floor(log2(v + 1)) of values from 0 on."""
@@ -86,7 +84,8 @@ class BitReader:
             self._windows |= padded[:, byte : size + byte] << (32 - 8 * byte)
 
     def fields(self, start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The integers ``[N, m]`` of so many bits (at most 32) from bit ``start [N, m]`` on."""
+        """The integers ``[N, m]`` of so many bits from bit ``start [N, m]`` on: at most 32, which
+        a window of 40 bits from any byte on holds."""
         byte = np.minimum(start >> 3, self._size - 1)  # a field of no bits may lie at the end
         return self._windows[self._rows, byte] >> (40 - (start & 7) - lengths) & (
             (1 << lengths) - 1

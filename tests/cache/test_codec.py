@@ -163,6 +163,13 @@ def test_negatives_within_half_a_level() -> None:
     assert (error[usable] <= np.broadcast_to((high - low) / 30 + 0.02, error.shape)[usable]).all()
 
 
+def test_bytes_per_token_counts_records_and_negatives() -> None:
+    for negatives, extra in ((0, 0), (255, 4 + 128), (256, 4 + 128)):
+        spec = packed_spec(negatives=negatives)
+        record = record_bytes(49152, 64, (1.0, 2.0), 6)
+        assert spec.bytes_per_token() == (9 * 4 + 4 + 8 * (record + extra)) / 9
+
+
 def test_raw_is_stored_as_it_is() -> None:
     spec = dataclasses.replace(packed_spec(), codec="raw")
     columns = columns_of(spec, zipf_logits(spec, 1))
