@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.base.errors import CorruptError, InputError, MismatchError
-from lib.base.files import read_json
+from lib.base.files import fingerprint, read_json
 from lib.cache.codec import decode
 from lib.cache.shards import INDEX, CacheIndex, check_shard, map_shard, read_index
 from lib.cache.spec import CacheSpec, draw_negatives
@@ -63,9 +63,10 @@ def verify(folder: Path) -> int:
 def _check_split(folder: Path, index: CacheIndex) -> int:
     """Check one split; returns its rows."""
     path, spec = folder / INDEX, index.spec
-    found = read_json(path)["fingerprint"]
-    if found != spec.fingerprint:
-        raise CorruptError(f"{path} has fingerprint {found}, not {spec.fingerprint}; {_REMEDY}")
+    body = read_json(path)
+    found, wanted = body["fingerprint"], fingerprint(body["spec"])
+    if found != wanted:
+        raise CorruptError(f"{path} has fingerprint {found}, not {wanted}; {_REMEDY}")
     if not index.complete:
         raise CorruptError(f"{folder} is unfinished; rerun the cache stage")
     row = 0
