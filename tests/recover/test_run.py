@@ -20,9 +20,9 @@ from lib.model.checkpoint import load_checkpoint, read_config
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
 from lib.recover.run import targets_of, with_adapters
-from lib.train.loop import Trainer
 from tests.recover.samples import make_snapped, recover, section, write_rows
 from tests.tiny_models import CPU, same, state_of
+from tests.train.killing import killed_after
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/recover.json")
 OUTPUTS = (*FILES, "log.csv", "metrics.json")
@@ -96,30 +96,16 @@ def test_where_adapters_stand(place: Path) -> None:
     assert standing(mlp_only=True) == mlp
 
 
-class KilledError(Exception):
-    """Stands for a kill -9."""
-
-
 @pytest.mark.parametrize("changes", [{}, {"mode": "sft", "ema": 0.5}, {"dropout": 0.3}], ids=str)
 def test_killed_and_resumed_equals_never_stopped(
     place: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
 ) -> None:
     recover(place, tmp_path / "whole", **changes)
-    plain = Trainer.train_step
-
-    def dies(self: Trainer) -> Any:
-        if self.progress.step == 3:
-            raise KilledError
-        return plain(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", dies)
-        with pytest.raises(KilledError):
-            recover(place, tmp_path / "parts", **changes)
+    with killed_after(3):
+        recover(place, tmp_path / "parts", **changes)
     random.seed(9)  # another process starts elsewhere
     np.random.seed(9)
     torch.manual_seed(9)

@@ -18,6 +18,7 @@ from lib.train.roles import select
 from lib.train.run import start_from_checkpoint
 from lib.train.state import Progress
 from tests.tiny_models import logits_of, quantized, same, state_of
+from tests.train.killing import KilledError
 from tests.train.samples import BOTH, config, quiet, trainer
 
 
@@ -143,10 +144,6 @@ def test_both_checkpoints_in_one_folder(tmp_path: Path) -> None:
     save_trained(model, {}, folder, tmp_path, INFO)  # in place of both
     assert not (folder / PLAIN).exists()
     assert load_checkpoint(folder)[1] == INFO
-
-
-class KilledError(Exception):
-    """Stands for a kill -9."""
 
 
 def test_both_or_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lib.params.training import Rates, TrainConfig
 from lib.quant.spec import Codebook, ScaleForm
 from lib.train.state import Progress
 from tests.tiny_models import CPU, quantized, same, state_of
+from tests.train.killing import KilledError, killer
 from tests.train.samples import BOTH, config, quiet, trainer
 
 RUNS: list[dict[str, Any]] = [
@@ -26,18 +27,6 @@ RUNS: list[dict[str, Any]] = [
     {"rates": Rates(weight=3e-4), "hard_top1_weight": 0.1, "hard_full_weight": 5e-4},
     {"rates": BOTH.model_copy(update={"lut": 1e-3}), "dtype": "bf16", "weight_decay": 0.1},
 ]
-
-
-class KilledError(Exception):
-    """Stands for a kill -9: nothing of ours catches it."""
-
-
-def killer(step: int) -> Any:
-    def report(progress: Progress) -> None:
-        if progress.step == step:
-            raise KilledError
-
-    return report
 
 
 def model_for(params: TrainConfig) -> PreTrainedModel:

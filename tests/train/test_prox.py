@@ -25,9 +25,9 @@ from lib.quant.spec import ScaleForm
 from lib.train.log import result_of
 from lib.train.loop import Trainer
 from lib.train.prox import ProxPenalty, penalty_of
-from lib.train.state import Progress
 from tests.tiny_models import CPU, logits_of, quantized, readers, same, state_of
 from tests.train import samples
+from tests.train.killing import KilledError, killer
 from tests.train.samples import quiet
 
 WEIGHTS = Rates(weight=3e-4)
@@ -260,10 +260,6 @@ def test_the_result_is_an_ordinary_model_and_its_best(
     assert ("val_selective_kd_loss" in progress.rows[0]) == (hard == "selective")
 
 
-class KilledError(Exception):
-    """Stands for a kill -9."""
-
-
 RUNS: list[dict[str, Any]] = [
     {"control": "dual", "beta": 0.02, "k_i": 0.05, "k_p": 0.2, "fisher": True},
     {"schedule": "exponential", "gamma_start": 0.01, "gamma_end": 0.3, "hard": "selective"},
@@ -280,13 +276,6 @@ def test_killed_and_resumed_equals_never_stopped(
     whole_model = start()
     whole_trainer = make(whole_model, cache, tmp_path / "whole", params, **prox)
     whole = whole_trainer.run(quiet)
-
-    def killer(step: int) -> Any:
-        def report(progress: Progress) -> None:
-            if progress.step == step:
-                raise KilledError
-
-        return report
 
     for step in (3, 5):
         with pytest.raises(KilledError):
@@ -309,12 +298,8 @@ def test_a_resumed_run_needs_the_saved_coefficient(
     prox = RUNS[0]
     whole = make(start(), cache, tmp_path / "whole", config(), **prox).run(quiet)
 
-    def report(progress: Progress) -> None:
-        if progress.step == 5:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        make(start(), cache, tmp_path / "parts", config(), **prox).run(report)
+        make(start(), cache, tmp_path / "parts", config(), **prox).run(killer(5))
     monkeypatch.setattr(ProxPenalty, "load", lambda _self, _state: None)
     parts = make(start(), cache, tmp_path / "parts", config(), **prox).run(quiet)
     assert parts.progress != whole.progress

@@ -36,6 +36,7 @@ from tests.tiny_models import (
     state_of,
     tiny_model,
 )
+from tests.train.killing import killed_after
 from tests.train.samples import config
 
 QUIET = Run(device="cpu", log_every=2)
@@ -137,10 +138,6 @@ def test_how_masters_fit_their_grid_is_written_on_request(
     assert own & set(columns) == (own if regularizer == "prox" else set())
 
 
-class KilledError(Exception):
-    """Stands for a kill -9."""
-
-
 def test_a_killed_stage_resumes_and_other_params_do_not(
     place: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,17 +145,8 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
         return start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
 
     stage(start(), place, tmp_path / "whole", ema=0.5)
-    steps: list[int] = []
     plain = Trainer.train_step
-
-    def dies(self: Trainer) -> Any:
-        steps.append(self.progress.step)
-        if self.progress.step == 3:
-            raise KilledError
-        return plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", dies)
-    with pytest.raises(KilledError):
+    with killed_after(3) as steps:
         stage(start(), place, tmp_path / "parts", ema=0.5)
     assert steps == [0, 1, 2, 3]
     assert len(list((root / ".ckpt/weights").glob("*/state"))) == 1

@@ -13,11 +13,11 @@ from lib.model.load import tokenizer_fingerprint
 from lib.params.data import Run
 from lib.params.training import Distill
 from lib.text.sequences import write_tokens
-from lib.train.loop import Trainer
 from lib.train.run import Start, start_from_teacher, train_stage
 from lib.train.source import LiveTeacher, live_teacher
 from lib.train.state import Progress
 from tests.tiny_models import CPU, VOCAB, make_place, model_spec, random_rows
+from tests.train.killing import killed_after
 from tests.train.samples import config
 
 LIVE = Distill(source="teacher")
@@ -66,25 +66,12 @@ def test_the_teacher_teaches_and_the_cache_judges(place: Path, tmp_path: Path) -
     assert [row["kd_loss"] for row in live.rows[1:]] != [row["kd_loss"] for row in cached.rows[1:]]
 
 
-class KilledError(Exception):
-    """Stands for a kill -9."""
-
-
 def test_resumes_bit_for_bit(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage(place, tmp_path / "whole", checkpoint_every=2)
-    plain = Trainer.train_step
-
-    def dies(self: Trainer) -> Any:
-        if self.progress.step == 3:
-            raise KilledError
-        return plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", dies)
-    with pytest.raises(KilledError):
+    with killed_after(3):
         stage(place, tmp_path / "parts", checkpoint_every=2)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     stage(place, tmp_path / "parts", checkpoint_every=2)
     assert "going on after step 2" in capsys.readouterr().err
     for name in ("model/model.safetensors", "log.csv", "metrics.json"):
