@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lib.base.files import atomic_folder, write_json
 from lib.base.stage import run_stage
+from lib.capture.own_text import own_text
 from lib.model.load import load_tokenizer, tokenizer_fingerprint
 from lib.params.load import stage_params
 from lib.text.build import build_tokens, pad_id_of
@@ -19,31 +20,34 @@ from lib.text.sequences import write_stream, write_tokens
 
 
 def main(teacher: Path, out: Path) -> None:
-    """Write the three splits and metrics.json."""
-    settings = stage_params("tokens").tokens
+    """Write the three splits and metrics.json; a killed run resumes what the teacher writes."""
+    params = stage_params("tokens")
+    settings = params.tokens
     tokenizer = load_tokenizer(teacher)
     mark, vocab_size, pad_id = tokenizer_fingerprint(teacher), len(tokenizer), pad_id_of(tokenizer)
     licences = {s.source: licence_of(s) for s in (*settings.train, *settings.test)}
     for source, licence in licences.items():
         print(f"{source}: {licence}")
-    tokens = build_tokens(settings, tokenizer)
     metrics: dict[str, object] = {}
-    for split, rows in tokens.splits.items():
-        with atomic_folder(out / split) as folder:
-            write_tokens(
-                folder,
-                rows.input_ids,
-                rows.lengths,
-                rows.prompt,
-                split=split,
-                vocab_size=vocab_size,
-                pad_id=pad_id,
-                tokenizer=mark,
-            )
-            if split == "test":
-                write_stream(folder, tokens.stream, vocab_size=vocab_size, tokenizer=mark)
-        metrics[f"{split}_sequences"] = len(rows.lengths)
-        metrics[f"{split}_tokens"] = int(rows.lengths.sum())
+    own = (settings, teacher, tokenizer, params.run, params.declared_fingerprint())
+    with own_text(*own) as author:
+        tokens = build_tokens(settings, tokenizer, author)
+        for split, rows in tokens.splits.items():
+            with atomic_folder(out / split) as folder:
+                write_tokens(
+                    folder,
+                    rows.input_ids,
+                    rows.lengths,
+                    rows.prompt,
+                    split=split,
+                    vocab_size=vocab_size,
+                    pad_id=pad_id,
+                    tokenizer=mark,
+                )
+                if split == "test":
+                    write_stream(folder, tokens.stream, vocab_size=vocab_size, tokenizer=mark)
+            metrics[f"{split}_sequences"] = len(rows.lengths)
+            metrics[f"{split}_tokens"] = int(rows.lengths.sum())
     metrics["stream_tokens"] = len(tokens.stream)
     metrics["licences"] = [f"{source}: {licence}" for source, licence in licences.items()]
     write_json(out / "metrics.json", {"tokens": metrics})

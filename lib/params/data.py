@@ -18,6 +18,9 @@ TEXT_PACKAGES = {
 }
 """Data sets that come out of a PyPI package, with the formats that make sense for each."""
 
+OWN_TEXT = "self"
+"""The source that the teacher writes itself."""
+
 _TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 _MOVING_REVISIONS = ("main", "master", "head", "latest", "")
 
@@ -68,7 +71,8 @@ class TextSource(Section):
 
     source: str
     """`package:boolq_passages`, `package:wikipedia_articles`, `package:alpaca_demo`,
-    `path:FILE` (.txt, .json or .jsonl), or `hub:DATASET` / `hub:DATASET:CONFIG`."""
+    `path:FILE` (.txt, .json or .jsonl), or `hub:DATASET` / `hub:DATASET:CONFIG`; or
+    `self`: written by the teacher, no data needed (Liu et al. 2023, LLM-QAT; docs/recipes.md)."""
     format: Literal["text", "alpaca", "alpaca_chat"] = "text"
     """`text`: documents as they are; `alpaca`: the Stanford Alpaca prompt; `alpaca_chat`: the
     teacher's chat template."""
@@ -81,11 +85,14 @@ class TextSource(Section):
     streaming: bool = False
     """Read a `hub:` data set without downloading all of it first."""
     sequences: Count | None = None
-    """At most so many train sequences come from this source; null = all there are."""
+    """At most so many train sequences come from this source; null = all there are.
+    `self` needs a number: it writes so many."""
 
     @field_validator("source")
     @classmethod
     def _known_source(cls, value: str) -> str:
+        if value == OWN_TEXT:
+            return value
         kind, _, name = value.partition(":")
         if kind == "package":
             if name in TEXT_PACKAGES:
@@ -97,7 +104,7 @@ class TextSource(Section):
             return value
         packages = ", ".join(f"package:{name}" for name in TEXT_PACKAGES)
         raise ValueError(
-            f"must be {packages}, path:FILE ending in {', '.join(_TEXT_SUFFIXES)}, "
+            f"must be {packages}, {OWN_TEXT}, path:FILE ending in {', '.join(_TEXT_SUFFIXES)}, "
             "or hub:DATASET[:CONFIG]"
         )
 
@@ -105,7 +112,7 @@ class TextSource(Section):
     def _fitting_format(self) -> Self:
         kind, _, name = self.source.partition(":")
         allowed = TEXT_PACKAGES[name] if kind == "package" else ("text", "alpaca", "alpaca_chat")
-        if kind == "path" and name.endswith(".txt"):
+        if self.source == OWN_TEXT or (kind == "path" and name.endswith(".txt")):
             allowed = ("text",)
         if self.format not in allowed:
             raise ValueError(
@@ -122,6 +129,10 @@ class TextSource(Section):
             raise ValueError(
                 f"streaming = true: only hub: sources can be streamed, not {self.source}; "
                 "set it to false"
+            )
+        if self.source == OWN_TEXT and self.sequences is None:
+            raise ValueError(
+                "sequences = null: the teacher would write for ever; say how many sequences"
             )
         return self
 
@@ -147,6 +158,16 @@ class Tokens(Section):
     """At most so many test sequences."""
     seed: Seed = 0
     """Seed of the order of the documents."""
+
+    @field_validator("test")
+    @classmethod
+    def _text_to_measure_on(cls, value: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+        if any(source.source == OWN_TEXT for source in value):
+            raise ValueError(
+                f"must not have the source {OWN_TEXT}: what the teacher writes is no text to "
+                "measure on; give package:, path: or hub:"
+            )
+        return value
 
     @model_validator(mode="after")
     def _room_for_train(self) -> Self:

@@ -7,7 +7,8 @@ split wherever they occur, so nothing that is measured on is ever trained on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lib.base.errors import InputError
 from lib.base.progress import track
 from lib.text.chat import Rendered, render
-from lib.text.documents import Document, Instruction, Source, read_source
+from lib.text.documents import OWN_TEXT, Document, Instruction, Source, read_source
 from lib.text.pack import Encoded, Packer, Rows
 from lib.text.split import SPLITS, Split, canonical, split_of
 
@@ -29,6 +30,7 @@ STREAM_CHARACTERS = 400_000
 """Characters of perplexity text that each source may add."""
 
 _BATCH = 256  # documents tokenized at a time
+_SMALLEST_ROUND = 16  # sequences that the teacher is asked for at a time, at least
 
 
 class Settings(Protocol):
@@ -54,6 +56,14 @@ class Settings(Protocol):
     def seed(self) -> int: ...
 
 
+class Author(Protocol):
+    """A teacher that writes text."""
+
+    def __call__(self, first: int, count: int, length: int, seed: int) -> Iterable[list[int]]:
+        """Sequences ``first`` to ``first + count - 1`` of ``length`` token ids each; what the n-th
+        holds depends on n, ``length`` and ``seed`` alone."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What the tokens stage writes."""
@@ -63,26 +73,39 @@ class Tokens:
     """Test documents joined by blank lines, without special tokens [M]."""
 
 
-def build_tokens(settings: Settings, tokenizer: Tokenizer) -> Tokens:
+def build_tokens(
+    settings: Settings, tokenizer: Tokenizer, author: Author | None = None
+) -> Tokens:
     """Read all sources and pack them.
 
     Rows of different sources are mixed. The caps on val and test rows are shared equally by the
     sources that have any; the cap on train rows is each source's own.
 
+    Args:
+        author: the teacher, for sources `self`; needed only where there is one.
+
     Raises:
         InputError: a source cannot be read, or a split stays empty.
     """
     test_titles: set[str] = set()
-    readings = []
+    readings: list[_Reading] = []
     for number, source in enumerate(settings.test):
         items = list(itertools.islice(read_source(source, settings.seed + number), _TEST_ITEMS))
         test_titles.update(canonical(item.title) for item in items)
         readings.append(_Reading(settings, tokenizer, source, iter(items), None))
     for number, source in enumerate(settings.train, start=len(settings.test)):
-        items_of = read_source(source, settings.seed + number)
+        seed = settings.seed + number
+        if source.source == OWN_TEXT:
+            assert author is not None
+            readings.append(_Writing(settings, tokenizer, source, author, seed))
+            continue
+        items_of = read_source(source, seed)
         readings.append(_Reading(settings, tokenizer, source, items_of, test_titles))
+    # one bar at a time: writing shows its own
+    written = [reading for reading in readings if isinstance(reading, _Writing)]
+    read = [reading for reading in readings if reading not in written]
     label = "reading text sources"
-    for reading in track(readings, len(readings), label):
+    for reading in itertools.chain(track(read, len(read), label) if read else (), written):
         reading.run()
     splits = {split: _merge(split, readings, settings) for split in SPLITS}
     return Tokens(splits, _stream(readings, settings, tokenizer))
@@ -125,9 +148,11 @@ class _Reading:
         self._stream_room = STREAM_CHARACTERS
 
     @property
-    def stream_rank(self) -> tuple[bool, bool]:
-        """Prose before instructions, then test sources before train sources: lowest first."""
-        return self._source.format != "text", self._test_titles is not None
+    def stream_rank(self) -> tuple[bool, bool, bool]:
+        """What people wrote, then prose before instructions, then test sources before train
+        sources: lowest first."""
+        own = self._source.source == OWN_TEXT
+        return own, self._source.format != "text", self._test_titles is not None
 
     def run(self) -> None:
         """Read until the source ends or nothing more is wanted of it."""
@@ -175,6 +200,63 @@ class _Reading:
             "input_ids"
         ]
         return [tokens if text else [] for text, tokens in zip(texts, found, strict=True)]
+
+
+class _Writing(_Reading):
+    """The same for what the teacher writes: each sequence is a document, its tokens as they are.
+
+    Text is not tokenized again: that could give other tokens than the ones which were drawn.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        source: Source,
+        author: Author,
+        seed: int,
+    ) -> None:
+        super().__init__(settings, tokenizer, source, iter(()), set())
+        self._author = author
+        self._seed = seed
+
+    def run(self) -> None:
+        """Ask for sequences until the train rows are complete; a repeated one counts once.
+
+        Raises:
+            InputError: the teacher only repeats itself.
+        """
+        limit, settings = self._source.sequences, self._settings
+        assert limit is not None
+        share = 1 - settings.val_fraction - settings.test_fraction
+        seen: set[tuple[int, ...]] = set()
+        asked = trained = 0
+        while trained < limit:
+            count = max(_SMALLEST_ROUND, math.ceil((limit - trained) / share))
+            before = len(seen)
+            for tokens in self._author(asked, count, settings.max_length, self._seed):
+                if (sequence := tuple(tokens)) not in seen:
+                    seen.add(sequence)
+                    trained += self._place(tokens)
+            asked += count
+            if len(seen) == before:
+                raise InputError(
+                    f"the teacher writes the same text again and again: {before} different ones "
+                    f"among {asked} sequences; ask for fewer, or give tokens.train other text"
+                )
+
+    def _place(self, tokens: list[int]) -> bool:
+        """Give a sequence to its split; whether that is train."""
+        title = " ".join(map(str, tokens))
+        split = split_of(title, self._settings.val_fraction, self._settings.test_fraction)
+        if not self.packers[split].full:
+            self.packers[split].add([Encoded(tokens)])
+        if split == "test" and self._stream_room > 0:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            assert isinstance(text, str)
+            self.stream.append(text)
+            self._stream_room -= len(text)
+        return split == "train"
 
 
 def _equal(pair: tuple[int, int]) -> bool:

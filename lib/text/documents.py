@@ -44,6 +44,9 @@ WIKIPEDIA_MEMBER = (
 )
 ALPACA_MEMBER = "llamafactory-0.9.5/data/alpaca_en_demo.json"
 
+OWN_TEXT = "self"
+"""The source that the teacher writes itself (lib/text/build.py, `Author`)."""
+
 LICENCES = {
     "package:boolq_passages": "Wikipedia paragraphs of BoolQ, CC BY-SA 3.0",
     "package:wikipedia_articles": "Wikipedia articles, CC BY-SA",
@@ -51,6 +54,7 @@ LICENCES = {
         "LlamaFactory demo data, Apache-2.0 repository; the prompts look like Stanford Alpaca's "
         "(CC BY-NC 4.0): treat as non-commercial"
     ),
+    OWN_TEXT: "written by the teacher, whose own licence decides",
 }
 
 SHORTEST_PARAGRAPH = 200  # characters; below it a passage is a fragment

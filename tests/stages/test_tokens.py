@@ -12,6 +12,7 @@ import pytest
 import stages.teacher
 import stages.tokens
 from lib.base.errors import LutqatError
+from lib.capture import own_text
 from lib.model.load import folder_fingerprint, load_causal_lm, tokenizer_fingerprint
 from lib.params.load import read_yaml
 from lib.text.sequences import TokenSet, read_stream
@@ -76,3 +77,52 @@ def test_a_failure_leaves_the_old_tokens() -> None:
     with pytest.raises(LutqatError, match=r"absent\.txt"):
         stages.tokens.main(teacher, out)
     assert TokenSet(out / "train").meta["fingerprint"] == before
+
+
+@pytest.mark.usefixtures("_workspace")
+def test_text_by_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies goes on with its finished batches, and ends as one that never stopped."""
+    teacher = Path("data/teacher")
+    stages.teacher.main(teacher)
+    own = {"source": "self", "sequences": 24}
+    write_params({**TOKENS, "train": [*TOKENS["train"], own]})
+    written: list[bool] = []
+    plain = own_text.write_rows
+
+    def writing(dies: bool) -> None:
+        def write(*arguments: Any) -> Any:
+            written.append(True)
+            if dies and len(written) == 2:
+                raise KeyboardInterrupt
+            return plain(*arguments)
+
+        written.clear()
+        monkeypatch.setattr(own_text, "write_rows", write)
+
+    writing(dies=True)
+    with pytest.raises(KeyboardInterrupt):
+        stages.tokens.main(teacher, Path("resumed"))
+    writing(dies=False)
+    stages.tokens.main(teacher, Path("resumed"))
+    resumed = len(written)
+    writing(dies=False)
+    stages.tokens.main(teacher, Path("whole"))
+    assert resumed == len(written) - 1
+    assert not list(Path(".ckpt/tokens").glob("*/*"))
+    for split in ("train", "val", "test"):
+        one, other = (TokenSet(Path(out) / split) for out in ("resumed", "whole"))
+        assert one.meta["fingerprint"] == other.meta["fingerprint"]
+    metrics = json.loads(Path("whole/metrics.json").read_text())["tokens"]
+    assert "self: written by the teacher" in metrics["licences"][-1]
+
+
+
+@pytest.mark.usefixtures("_workspace")
+def test_the_model_is_loaded_for_its_own_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Path("data/teacher")
+    stages.teacher.main(teacher)
+    (teacher / "model.safetensors").unlink()
+    stages.tokens.main(teacher, Path("data/tokens"))
+    write_params({**TOKENS, "train": [{"source": "self", "sequences": 4}]})
+    with pytest.raises(LutqatError, match=r"safetensors"):
+        stages.tokens.main(teacher, Path("data/tokens"))

@@ -221,3 +221,58 @@ def test_prompts_are_marked(tokenizer: PreTrainedTokenizerFast, packing: bool) -
     assert answers.count("<|im_end|>") > 3
     plain = build_tokens(AnySettings((TEXT,), packing=packing), tokenizer)
     assert not plain.splits["train"].prompt.any()
+
+
+# --- text by the teacher ------------------------------------------------------------------------
+
+OWN = AnySource("self", sequences=30)
+
+
+def author(first: int, count: int, length: int, seed: int) -> list[list[int]]:
+    """Random tokens, of a seed of their own for each sequence."""
+    numbers = range(first, first + count)
+    return [np.random.default_rng([seed, n]).integers(3, 259, length).tolist() for n in numbers]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sequences_of_the_teacher_go_in_as_they_are(
+    tokenizer: PreTrainedTokenizerFast, packing: bool
+) -> None:
+    settings = AnySettings((TEXT, OWN), packing=packing)
+    tokens = build_tokens(settings, tokenizer, author)
+    among = {tuple(row) for row in author(0, 200, settings.max_length, settings.seed + 1)}
+    found = {
+        split: [row for row in map(tuple, rows.input_ids.tolist()) if row in among]
+        for split, rows in tokens.splits.items()
+    }
+    assert len(found["train"]) == 30 and found["val"] and found["test"]
+    assert len({row for rows in found.values() for row in rows}) == sum(map(len, found.values()))
+    for split, rows in found.items():
+        for row in rows:
+            title = " ".join(map(str, row))
+            assert split_of(title, settings.val_fraction, settings.test_fraction) == split
+    assert not any(rows.prompt.any() for rows in tokens.splits.values())
+    prose = tokenizer.decode(tokens.stream)
+    alone = build_tokens(AnySettings((TEXT,), packing=packing), tokenizer)
+    assert sorted(prose.split("\n\n")) == sorted(tokenizer.decode(alone.stream).split("\n\n"))
+
+
+def test_the_teacher_alone_also_gives_a_stream(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = build_tokens(AnySettings((OWN,)), tokenizer, author)
+    assert len(tokens.splits["train"]) == 30 and len(tokens.stream)
+
+
+def test_repeated_sequences_count_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    def twice(first: int, count: int, length: int, seed: int) -> list[list[int]]:
+        return [author(n // 2, 1, length, seed)[0] for n in range(first, first + count)]
+
+    rows = build_tokens(AnySettings((OWN,)), tokenizer, twice).splits["train"].input_ids
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows) == 30
+
+
+def test_a_teacher_that_only_repeats_itself_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    def same(first: int, count: int, length: int, seed: int) -> list[list[int]]:
+        return author(0, 1, length, seed) * count
+
+    with pytest.raises(InputError, match="again and again: 1 different ones among"):
+        build_tokens(AnySettings((OWN,)), tokenizer, same)
