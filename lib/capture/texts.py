@@ -90,12 +90,17 @@ def hold_out(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
         raise InputError(
             f"there are {len(unique)} different texts; give at least 2, since one is held out"
         )
-    count = min(len(unique) - 1, max(1, round(len(unique) * val_fraction)))
-    held = {int(place) for place in (np.arange(count) + 0.5) * len(unique) / count}
+    held = held_places(len(unique), val_fraction)
     return {
         "train": [text for number, text in enumerate(unique) if number not in held],
         "val": [text for number, text in enumerate(unique) if number in held],
     }
+
+
+def held_places(total: int, fraction: float) -> set[int]:
+    """Places of the held-out ones among ``total``, at least 2: at least one, not all, evenly spread."""
+    count = min(total - 1, max(1, round(total * fraction)))
+    return {int(place) for place in (np.arange(count) + 0.5) * total / count}
 
 
 def _write_rows(

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lib.base.errors import InputError
+from lib.cli.options import Device
+
 _WIDTH = 120  # columns where stdout is no terminal
+
+
+class Codec(StrEnum):
+    """How the new cache is stored."""
+
+    RAW = "raw"
+    PACKED = "packed"
+
+
 Cache = Annotated[
     Path,
     typer.Argument(
@@ -72,3 +85,59 @@ def cache_verify(cache: Cache) -> None:
 
     rows = verify(cache)
     print(f"{cache} is whole: {rows:,} rows")
+
+
+def cache_import(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with the .pt shards of the reference implementation.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write: train and val.", show_default=False)
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the teacher that made the shards.", show_default=False),
+    ] = None,
+    codec: Annotated[Codec, typer.Option(help="How the cache is stored.")] = Codec.RAW,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the sequences held out.")
+    ] = 0.05,
+    device: Device = "auto",
+) -> None:
+    """Make a teacher cache of the reference implementation into one of ours.
+
+    Its files hold logits of a few tokens without the sum over the vocabulary, so no probabilities.
+    Therefore sequences are imported, each once, and the teacher runs over them again; it must agree
+    with the files' top k.
+
+    Example: lutqat cache import kd_cache imported --teacher data/teacher
+    """
+    if teacher is None:
+        raise InputError(
+            f"{folder} holds logits without their sum over the vocabulary, so no probabilities can "
+            "be had from it alone; give the teacher that made it: --teacher FOLDER"
+        )
+    from lib.base.device import resolve_device
+    from lib.cache.shards import INDEX
+    from lib.capture.imported import import_cache
+
+    if out.exists() and not (out / "train" / INDEX).is_file():
+        if not out.is_dir() or any(out.iterdir()):
+            raise InputError(f"{out} exists and is no cache; give a new folder")
+    done = import_cache(
+        folder,
+        out,
+        teacher,
+        codec=codec.value,
+        val_fraction=val_fraction,
+        device=resolve_device(device),
+    )
+    print(
+        f"{done.train:,} train and {done.val:,} val sequences; dropped: {done.duplicates:,} "
+        f"duplicates, {done.short:,} of a single token"
+    )
+    print(f"largest KL of a file's top k: {done.kl:.3g} nats per position ({done.limit:.3g} allowed)")
+    print(f"wrote {out}; `lutqat cache info {out}` shows it")

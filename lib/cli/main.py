@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 
 from lib.base.errors import exit_on_error
-from lib.cli.cache import cache_info, cache_verify
+from lib.cli.cache import cache_import, cache_info, cache_verify
 from lib.cli.convert import convert_checkpoint
 from lib.cli.generate import chat, generate
 from lib.cli.inspect import inspect
@@ -54,9 +54,10 @@ for _command, _name in (
 ):
     app.command(_name, no_args_is_help=_command not in (profile,))(_guarded(_command))
 
-_cache = typer.Typer(help="Look at a teacher cache.", no_args_is_help=True)
+_cache = typer.Typer(help="Look at a teacher cache, or import one.", no_args_is_help=True)
 _cache.command("info", no_args_is_help=True)(_guarded(cache_info))
 _cache.command("verify", no_args_is_help=True)(_guarded(cache_verify))
+_cache.command("import", no_args_is_help=True)(_guarded(cache_import))
 app.add_typer(_cache, name="cache")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from lib.api import load_teacher, quantize, train
 from lib.cache.shards import CacheReader
 from lib.capture.build import cache_statistics
+from tests.capture.foreign_shards import make_teacher, write_folder
 from tests.cli.run import lutqat
 from tests.cli.test_inspect import rows
 from tests.tiny_models import make_caches
@@ -71,3 +74,42 @@ def test_bad_folders(tmp_path: Path) -> None:
         lutqat("cache", command, tmp_path).refused_with(3, "holds no teacher cache")
         text = " ".join(lutqat("cache", command, "--help").out.split())
         assert f"Example: lutqat cache {command} data/cache" in text
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
+
+
+def test_import_and_train(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    model, _ = load_teacher(teacher)
+    write_folder(tmp_path / "foreign", model, [8, 8])
+    outcome = lutqat("cache", "import", "foreign", "out", "--teacher", teacher, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert "15 train and 1 val sequences; dropped: 0 duplicates" in outcome.out
+    again = lutqat(
+        *("cache", "import", "foreign", "out", "--teacher", teacher, "--val-fraction", "0.25"),
+        *("--codec", "packed"),
+    )
+    assert again.code == 0 and "12 train and 4 val" in again.out  # a cache may be replaced
+    assert lutqat("cache", "verify", "out").out.strip() == "out is whole: 16 rows"
+    student = quantize(model, lut_size=4, rank=2)
+    result = train(student, "out", steps=3, batch_size=4, device="cpu", target="tail")
+    assert result["best_kd"] < result["initial_kd"]
+
+
+def test_import_needs_the_teacher_and_a_new_folder(tmp_path: Path, teacher: Path) -> None:
+    lutqat("cache", "import", tmp_path, tmp_path / "out").refused_with(
+        3, "without their sum over the vocabulary"
+    )
+    (tmp_path / "file").write_text("")
+    lutqat("cache", "import", tmp_path, tmp_path, "--teacher", teacher).refused_with(
+        3, "exists and is no cache"
+    )
+    lutqat("cache", "import", tmp_path, tmp_path / "out", "--teacher", teacher).refused_with(
+        3, "no folder with .pt files"
+    )
+    text = " ".join(lutqat("cache", "import", "--help").out.split())
+    assert "Example: lutqat cache import kd_cache imported --teacher data/teacher" in text
