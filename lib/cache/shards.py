@@ -208,6 +208,15 @@ def map_shard(path: Path, spec: CacheSpec) -> dict[str, np.ndarray]:
     return columns
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
 @dataclasses.dataclass(frozen=True)
 class CachedBatch:
     """Rows of a cache as tensors; B rows, P = L - 1 positions, K top candidates, R negatives.
@@ -271,8 +280,9 @@ class CacheReader:
         self.rows = index.rows
         self._shards = index.shards
         self._firsts = np.array([entry.first for entry in index.shards], dtype=np.int64)
-        # A mapping holds neither memory of its own nor a file descriptor, so none is ever closed.
-        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+        # Nothing stays mapped: pages once touched would count as this process's memory, and the
+        # system allows 65,530 mappings. What was checked is only known by its inode and time.
+        self._checked: dict[int, tuple[int, int] | None] = {}
         for key, value in (expect or {}).items():
             if getattr(self.spec, key) != value:
                 raise MismatchError(
@@ -290,11 +300,15 @@ class CacheReader:
         return self.rows
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
-        if number not in self._mapped:
-            entry = self._shards[number]
-            check_shard(self.folder, self.spec, entry)
-            self._mapped[number] = map_shard(self.folder / entry.file, self.spec)
-        return self._mapped[number]
+        """Columns of a shard, whose content is checked when it is first touched and whenever the
+        file has been replaced since."""
+        entry = self._shards[number]
+        path = self.folder / entry.file
+        stamp = _stamp(path)
+        if stamp is None or self._checked.get(number) != stamp:
+            check_shard(self.folder, self.spec, entry)  # raises where there is no file
+            self._checked[number] = stamp
+        return map_shard(path, self.spec)
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Every column of these rows as stored, ``[B, *shape]``.

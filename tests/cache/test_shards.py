@@ -16,9 +16,18 @@ from hypothesis import strategies as st
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import fingerprint
-from lib.cache.shards import CacheReader, negative_mask, shard_name, write_index, write_shard
+from lib.cache import shards
+from lib.cache.shards import (
+    CacheReader,
+    map_shard,
+    negative_mask,
+    shard_name,
+    write_index,
+    write_shard,
+)
 from lib.cache.spec import CacheSpec
 
+MAPS = Path("/proc/self/maps")
 SPEC = CacheSpec(
     teacher="teacher-a",
     tokenizer="tokenizer-a",
@@ -275,6 +284,57 @@ def test_expectations_are_compared(tmp_path: Path) -> None:
             CacheReader(tmp_path / "cache", expect={**good, key: value})
         assert all(str(side) in str(error.value) for side in (key, value, good[key]))
         assert "\n" not in str(error.value)
+
+
+# --- many shards ---------------------------------------------------------------------------------
+
+
+def test_opening_reads_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of many shards is as fast to open as one of few: sizes are compared, no more."""
+    write_cache(tmp_path / "cache", SPEC, [1] * 300)
+    touched: list[str] = []
+    for name in ("map_shard", "sha256_file"):
+        plain = getattr(shards, name)
+
+        def noted(path: Path, *rest: Any, plain: Any = plain) -> Any:
+            touched.append(path.name)
+            return plain(path, *rest)
+
+        monkeypatch.setattr(shards, name, noted)
+    reader = CacheReader(tmp_path / "cache")
+    assert len(reader) == 300 and not touched
+    for _ in range(2):
+        reader.batch(np.array([7, 150]))
+    names = [shard_name(number) for number in (7, 150)]
+    assert [touched.count(name) for name in names] == [3, 3]  # mapped twice, checked once
+    assert set(touched) == set(names)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="Linux shows what is mapped")
+def test_no_shard_stays_mapped(tmp_path: Path) -> None:
+    """Memory does not grow with the rows that were read."""
+    write_cache(tmp_path / "cache", SPEC, [2] * 20)
+    reader = CacheReader(tmp_path / "cache")
+    for row in range(40):
+        reader.batch(np.array([row]))
+    held = map_shard(tmp_path / "cache" / shard_name(3), SPEC)
+    mapped = {line.split("/")[-1] for line in MAPS.read_text().splitlines() if str(tmp_path) in line}
+    assert mapped == {shard_name(3)} and held
+
+
+def test_a_shard_replaced_while_it_is_in_use_is_noticed(tmp_path: Path) -> None:
+    for name, seed in (("cache", 0), ("other", 1)):
+        write_cache(tmp_path / name, SPEC, [3, 3], seed)
+    reader = CacheReader(tmp_path / "cache")
+    reader.batch(np.arange(6))
+    path = tmp_path / "cache" / shard_name(1)
+    (tmp_path / "other" / shard_name(1)).replace(path)
+    reader.batch(np.arange(3))
+    with pytest.raises(CorruptError, match=rf"{shard_name(1)} is damaged"):
+        reader.batch(np.arange(6))
+    path.unlink()
+    with pytest.raises(CorruptError, match=rf"{shard_name(1)} is missing"):
+        reader.batch(np.arange(6))
 
 
 # --- negatives ----------------------------------------------------------------------------------
