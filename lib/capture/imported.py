@@ -91,7 +91,7 @@ class Imported:
     short: int
     """Sequences of a single token, which predict nothing."""
     kl: float
-    """Largest of the files: KL(teacher || file) of a sequence, over its top k, nats per position."""
+    """Largest of the files: KL(teacher || file) of a sequence over its top k, nats per position."""
     limit: float
     """The KL at which it would have been refused."""
 

@@ -138,7 +138,8 @@ def write_rows(
                 f"the teacher's logits are NaN or infinite at token {place} of its own text; check "
                 "the teacher's weights"
             )
-        ids = logits.argmax(dim=1, keepdim=True) if place < chosen else draw(logits, draws[:, place])
+        likeliest = place < chosen
+        ids = logits.argmax(dim=1, keepdim=True) if likeliest else draw(logits, draws[:, place])
         written.append(ids)
     return torch.cat(written, dim=1).cpu().numpy().astype(np.int32)
 

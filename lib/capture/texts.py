@@ -98,7 +98,8 @@ def hold_out(texts: list[str], val_fraction: float) -> dict[str, list[str]]:
 
 
 def held_places(total: int, fraction: float) -> set[int]:
-    """Places of the held-out ones among ``total``, at least 2: at least one, not all, evenly spread."""
+    """Places of the held-out ones among ``total`` (2 and more): at least one, not all, evenly
+    spread."""
     count = min(total - 1, max(1, round(total * fraction)))
     return {int(place) for place in (np.arange(count) + 0.5) * total / count}
 

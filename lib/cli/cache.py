@@ -139,5 +139,6 @@ def cache_import(
         f"{done.train:,} train and {done.val:,} val sequences; dropped: {done.duplicates:,} "
         f"duplicates, {done.short:,} of a single token"
     )
-    print(f"largest KL of a file's top k: {done.kl:.3g} nats per position ({done.limit:.3g} allowed)")
+    limit = f"{done.limit:.3g} allowed"
+    print(f"largest KL of a file's top k: {done.kl:.3g} nats per position ({limit})")
     print(f"wrote {out}; `lutqat cache info {out}` shows it")

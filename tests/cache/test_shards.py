@@ -318,7 +318,8 @@ def test_no_shard_stays_mapped(tmp_path: Path) -> None:
     for row in range(40):
         reader.batch(np.array([row]))
     held = map_shard(tmp_path / "cache" / shard_name(3), SPEC)
-    mapped = {line.split("/")[-1] for line in MAPS.read_text().splitlines() if str(tmp_path) in line}
+    lines = MAPS.read_text().splitlines()
+    mapped = {line.split("/")[-1] for line in lines if str(tmp_path) in line}
     assert mapped == {shard_name(3)} and held
 
 

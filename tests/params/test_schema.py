@@ -80,7 +80,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["tokens.train.0.format = alpaca", "set it to text"],
     ),
     ({f"{TRAIN}.source": "self:9"}, ["self:9", "self, path:FILE"]),
-    ({"tokens.test": [{"source": "self", "sequences": 9}]}, ["tokens.test", "no text to measure on"]),
+    ({"tokens.test": [{"source": "self", "sequences": 9}]}, ["tokens.test", "to measure on"]),
     ({"tokens.max_length": 4}, ["tokens.max_length = 4", "8"]),
     ({"tokens.val_fraction": 0}, ["tokens.val_fraction = 0", "greater than 0"]),
     ({"tokens.val_fraction": 0.5, "tokens.test_fraction": 0.5}, ["tokens.val_fraction", "below 1"]),
