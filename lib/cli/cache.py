@@ -124,9 +124,9 @@ def cache_import(
     from lib.cache.shards import INDEX
     from lib.capture.imported import import_cache
 
-    if out.exists() and not (out / "train" / INDEX).is_file():
-        if not out.is_dir() or any(out.iterdir()):
-            raise InputError(f"{out} exists and is no cache; give a new folder")
+    foreign = out.exists() and not (out / "train" / INDEX).is_file()
+    if foreign and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is no cache; give a new folder")
     done = import_cache(
         folder,
         out,

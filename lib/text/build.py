@@ -73,9 +73,7 @@ class Tokens:
     """Test documents joined by blank lines, without special tokens [M]."""
 
 
-def build_tokens(
-    settings: Settings, tokenizer: Tokenizer, author: Author | None = None
-) -> Tokens:
+def build_tokens(settings: Settings, tokenizer: Tokenizer, author: Author | None = None) -> Tokens:
     """Read all sources and pack them.
 
     Rows of different sources are mixed. The caps on val and test rows are shared equally by the

@@ -123,10 +123,10 @@ def test_the_same_teacher_in_bfloat16_agrees(tmp_path: Path, teacher: Path) -> N
 def test_another_teacher_is_refused_with_figures(tmp_path: Path, teacher: Path) -> None:
     other = make_teacher(tmp_path / "other", seed=1)
     write_folder(tmp_path / "foreign", load_causal_lm(teacher), [4])
-    write_folder(tmp_path / "mixed", load_causal_lm(other), [4])
+    write_folder(tmp_path / "mixed", load_causal_lm(other), [1, 4])
     with pytest.raises(MismatchError, match=r"shard_000\.pt.*KL [0-9.]+ nats.*first choice at"):
         run(tmp_path / "foreign", other)
-    (tmp_path / "mixed" / "shard_000.pt").rename(tmp_path / "foreign" / "shard_007.pt")
+    (tmp_path / "mixed" / "shard_001.pt").rename(tmp_path / "foreign" / "shard_007.pt")
     with pytest.raises(MismatchError, match=r"shard_007\.pt.*KL"):
         run(tmp_path / "foreign", teacher)
     assert not (tmp_path / "imported").exists()

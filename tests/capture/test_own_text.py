@@ -57,7 +57,7 @@ def test_draws_follow_the_distribution() -> None:
     drawn = draw(shares.log().expand(800, 4), at)[:, 0]
     assert drawn.bincount(minlength=4).tolist() == [400, 0, 100, 300]
     assert draw(shares.log()[None], np.array([0.0])).tolist() == [[0]]
-    assert draw(shares.roll(1).log()[None], np.array([0.0])).tolist() == [[1]]  # never share 0
+    assert draw(shares.roll(-1).log()[None], np.array([0.0])).tolist() == [[1]]  # never share 0
 
 
 def test_a_sequence_depends_on_its_number_and_seed_alone(tmp_path: Path) -> None:

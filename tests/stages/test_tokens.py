@@ -116,7 +116,6 @@ def test_text_by_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "self: written by the teacher" in metrics["licences"][-1]
 
 
-
 @pytest.mark.usefixtures("_workspace")
 def test_the_model_is_loaded_for_its_own_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Path("data/teacher")

@@ -64,7 +64,7 @@ def test_the_order_is_the_same_however_many_processes_share_it(
         return [batch for step in range(20) for batch in made._batches(step)]  # type: ignore[misc]
 
     alone = taken(1, 0)
-    assert sorted(sum(alone, [])[:size]) == list(range(size))
+    assert sorted([row for batch in alone for row in batch][:size]) == list(range(size))
     shares = [taken(processes, number) for number in range(processes)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert all(len(part) == 6 // processes for part in parts)
