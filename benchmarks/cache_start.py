@@ -79,14 +79,14 @@ def measure(folder: Path, batches: int, batch_size: int) -> dict[str, Any]:
     from lib.cache.shards import CacheReader
     from lib.train.schedule import rows_of
 
-    imported = time.perf_counter()
+    imported, cpu = time.perf_counter(), time.process_time()
     before = peak_memory()
     reader = CacheReader(folder, {"teacher": "made-up"})
     opened = time.perf_counter()
     rows = rows_of(0, batch_size, len(reader), seed=0)
     ordered = time.perf_counter()
     reader.batch(rows)
-    first = time.perf_counter()
+    first, cpu = time.perf_counter(), time.process_time() - cpu
     for number in range(1, batches):
         reader.batch(rows_of(number, batch_size, len(reader), seed=0))
     last = time.perf_counter()
@@ -97,6 +97,7 @@ def measure(folder: Path, batches: int, batch_size: int) -> dict[str, Any]:
         "order_s": ordered - opened,
         "batch_s": first - ordered,
         "first_batch_s": first - imported,
+        "first_batch_cpu_s": cpu,
         "later_batch_s": (last - first) / max(1, batches - 1),
         "imported_bytes": before,
         "peak_bytes": peak_memory(),
@@ -121,6 +122,7 @@ def summarize(samples: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     least, most = SIZES[0], SIZES[-1]
     return {
         "first_batch_s": median(most, "first_batch_s"),
+        "first_batch_cpu_s": median(most, "first_batch_cpu_s"),
         "open_s": median(most, "open_s"),
         "order_s": median(most, "order_s"),
         "import_s": median(most, "import_s"),
