@@ -30,6 +30,7 @@ LAYERS: dict[str, int] = {
     "lib.ane": 4,
     "lib.evaluate": 4,
     "lib.export": 4,
+    "lib.report": 4,
     "lib.recover": 5,
     "lib.cli": 6,
     "lib.interface": 5,

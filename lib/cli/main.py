@@ -19,6 +19,7 @@ from lib.cli.mac_check import mac_check
 from lib.cli.merge import merge_adapter
 from lib.cli.plot import plot
 from lib.cli.profile import profile
+from lib.cli.report import report
 
 app = typer.Typer(
     name="lutqat",
@@ -50,9 +51,10 @@ for _command, _name in (
     (convert_checkpoint, "convert-checkpoint"),
     (merge_adapter, "merge-adapter"),
     (plot, "plot"),
+    (report, "report"),
     (mac_check, "mac-check"),
 ):
-    app.command(_name, no_args_is_help=_command not in (profile,))(_guarded(_command))
+    app.command(_name, no_args_is_help=_command not in (profile, report))(_guarded(_command))
 
 _cache = typer.Typer(help="Look at a teacher cache, or import one.", no_args_is_help=True)
 _cache.command("info", no_args_is_help=True)(_guarded(cache_info))

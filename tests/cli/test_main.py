@@ -15,6 +15,7 @@ from tests.cli.run import lutqat
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     *("generate", "chat", "inspect", "profile", "convert-checkpoint", "merge-adapter", "plot"),
+    "report",
 )
 
 

@@ -1,0 +1,80 @@
+"""Values as the page shows them: short, with the exact number kept in the markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from markupsafe import Markup
+
+MISSING = Markup('<span class="missing" title="not there">–</span>')
+
+
+def shown(value: Any, digits: int | None = None) -> Markup:
+    """A value in HTML: numbers as ``<data>`` whose attribute holds every digit.
+
+    Args:
+        digits: decimals; None chooses by size.
+    """
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return Markup("yes") if value else Markup("no")
+    if isinstance(value, int | float):
+        return Markup('<data value="{}">{}</data>').format(json.dumps(value), short(value, digits))
+    if isinstance(value, str):
+        return Markup("{}").format(value) if value else Markup("<i>empty</i>")
+    return Markup("{}").format(json.dumps(value, ensure_ascii=False))
+
+
+def short(value: float, digits: int | None = None) -> str:
+    """A number in few characters."""
+    if not math.isfinite(value):
+        return "infinite" if value > 0 else "not finite"
+    if isinstance(value, int):
+        return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+    if digits is not None and (abs(value) < 1e5):
+        return f"{value:,.{digits}f}"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def change(new: Any, old: Any, digits: int | None = None) -> Markup:
+    """How far ``new`` is from ``old``: the difference, and in per cent where that says something."""
+    if not _is_number(new) or not _is_number(old):
+        return Markup("same") if new == old else Markup("{}").format("" if None in (new, old) else "differs")
+    if new == old:
+        return Markup("same")
+    difference = new - old
+    text = f"{'+' if difference > 0 else '−'}{short(abs(difference), digits)}"
+    if old:
+        share = 100 * difference / abs(old)
+        text += f" ({share:+.1f} %)" if abs(share) < 1000 else ""
+    return Markup('<data value="{}">{}</data>').format(json.dumps(difference), text.replace("-", "−"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists stay whole."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def lookup(values: Any, dotted: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    for part in dotted.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return None
+        values = values[part]
+    return values
