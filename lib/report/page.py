@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lib.report import device, origin, results, training
 from lib.report.experiment import ANE, EXPORT, Experiment
 from lib.report.parts import Card, Note, Pair, Part, Section
-from lib.report.values import change, shown
+from lib.report.values import change, lookup, shown
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What reading a file raises that another version of the pipeline wrote, or that was edited."""
@@ -64,7 +64,7 @@ def render(this: Experiment, other: Experiment | None = None) -> str:
         keep_trailing_newline=True,
     )
     teacher = this.metrics.get("teacher", {})
-    source = teacher.get("source") or this.params.get("teacher", {}).get("source") or "lutqat"
+    source = teacher.get("source") or lookup(this.params, "teacher.source") or "lutqat"
     return environment.get_template("page.html").render(
         title=str(source),
         teacher={key: shown(value) for key, value in teacher.items() if key != "source"},

@@ -190,19 +190,22 @@ class _Scale:
         span = self.high - self.low
         step = 10 ** math.floor(math.log10(span / most))
         step *= next((m for m in (1, 2, 5) if span / (step * m) <= most), 10)
+        if self.log and span < 2:  # too few powers of ten
+            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            fine = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+            return [(v, f"{v:g}") for v in fine if self.low <= math.log10(v) <= self.high]
         if self.log:
             step = max(1.0, step)
         numbers = range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
         places = [number * step for number in numbers]
         if self.log:
-            return [(10**place, _power(place)) for place in places]
+            return [(10.0**place, _power(place)) for place in places]
         digits = max(0, -math.floor(math.log10(step)))
         return [(place, _tick(place, digits)) for place in places]
 
 
 def _tick(value: float, digits: int) -> str:
-    text = f"{value:,.{digits}f}" if digits <= 4 and abs(value) < 1e6 else f"{value:.3g}"
-    return text.replace("-0", "0") if float(value) == 0 else text
+    return f"{value:,.{digits}f}" if digits <= 4 and abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _power(exponent: float) -> str:

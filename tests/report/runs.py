@@ -116,7 +116,8 @@ def pipeline() -> dict[str, Any]:
         folder = "data" if stage == "teacher" else "runs"
         metrics = [{f"{folder}/{stage}/metrics.json": {"cache": False}}]
         plots = [{path: {"x": "step", "y": "val_kd_loss"}} for path in cached]
-        stages[stage] = {"cmd": f"make {stage}", "metrics": metrics, "plots": plots}
+        outs = ["runs/scales/model"] if stage == "scales" else []
+        stages[stage] = {"cmd": stage, "metrics": metrics, "plots": plots, "outs": outs}
     return {"stages": stages}
 
 
