@@ -22,7 +22,7 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("runs/report.html"),
 ) -> None:
-    """Write one page on the experiment that lies here: results, curves, layers, samples, parameters.
+    """Write one page on this experiment: results, curves, layers, samples, parameters.
 
     The page needs no network and no other file. What did not run is said in it.
 

@@ -73,7 +73,8 @@ def read_experiment(source: Source) -> Experiment:
     pipeline = _read(found, source, "dvc.yaml", _yaml)
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), dict):
         raise InputError(
-            f"{source.name}: no pipeline (dvc.yaml) to report on; run from the root of the repository"
+            f"{source.name}: no pipeline (dvc.yaml) to report on; run from the root of the "
+            "repository"
         )
     found.stages = list(pipeline["stages"])
     found.outputs = list(_outputs(pipeline))
@@ -142,7 +143,7 @@ def _checked_object(value: Any) -> dict[str, Any]:
 
 def _rows(text: str) -> list[dict[str, float]]:
     """The rows of a log, without empty cells and what is not finite."""
-    rows = []
+    rows: list[dict[str, float]] = []
     for row in csv.DictReader(io.StringIO(text)):
         if None in row or None in row.values():
             raise ValueError(f"row {len(rows) + 1} has not as many cells as there are columns")

@@ -84,6 +84,8 @@ def fingerprints(pair: Pair) -> list[Part]:
     parts: list[Part] = []
     for one in pair.both:
         name = f", {one.title}" if pair.other else ""
+        if one.checkpoints:
+            parts.append(_checkpoints(one, name))
         if not one.lock:
             parts.append(absent(f"No dvc.lock{name}."))
             continue
@@ -95,8 +97,6 @@ def fingerprints(pair: Pair) -> list[Part]:
         if idle:
             parts.append(absent(f"dvc.lock{name} has no {', '.join(idle)}."))
         parts.append(_locked(one, name))
-        if one.checkpoints:
-            parts.append(_checkpoints(one, name))
     return parts
 
 
@@ -105,8 +105,15 @@ def _locked(one: Experiment, name: str) -> Table:
     for stage in one.stages:
         for out in one.lock.get(stage, {}).get("outs") or ():
             digest = str(out.get("md5", ""))
-            rows.append([out["path"], stage, _digest(digest), shown(out.get("size")),
-                         stage_state(one, stage)])
+            rows.append(
+                [
+                    out["path"],
+                    stage,
+                    _digest(digest),
+                    shown(out.get("size")),
+                    stage_state(one, stage),
+                ]
+            )
     return Table(
         caption=f"Outputs, as dvc.lock has them{name}",
         head=["output", "stage", "MD5", "bytes", "ran"],

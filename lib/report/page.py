@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lib.report import device, origin, results, training
 from lib.report.experiment import ANE, EXPORT, Experiment
 from lib.report.parts import Card, Note, Pair, Part, Section
-from lib.report.values import change, lookup, shown
+from lib.report.values import TIMES, change, lookup, shown
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What reading a file raises that another version of the pipeline wrote, or that was edited."""
@@ -112,9 +112,7 @@ def _against(pair: Pair, read: Callable[[Experiment], Any], digits: int) -> list
     if old is None:
         return [Markup("{}: {}").format(pair.other.title, "not run")]
     return [
-        Markup("{}: {} · {}").format(
-            pair.other.title, shown(old, digits), change(new, old, digits)
-        )
+        Markup("{}: {} · {}").format(pair.other.title, shown(old, digits), change(new, old, digits))
     ]
 
 
@@ -127,8 +125,8 @@ def _quality(pair: Pair) -> list[Card]:
     if row is None:
         return []
     teacher = results.ladder_rows(pair.this)["teacher"]
-    detail = Markup("teacher {} · × {}").format(
-        shown(teacher["perplexity"], 2), shown(row["ratio"], 3)
+    detail = Markup("teacher {} · {} {}").format(
+        shown(teacher["perplexity"], 2), TIMES, shown(row["ratio"], 3)
     )
     more = _against(pair, _of_result("perplexity"), 2)
     return [Card(title="Perplexity", value=shown(row["perplexity"], 2), detail=[detail, *more])]
@@ -149,7 +147,7 @@ def _size(pair: Pair) -> list[Card]:
     if row is None:
         return []
     teacher = results.ladder_rows(pair.this)["teacher"]
-    detail = Markup("bits per weight {} · {} × smaller than FP16").format(
+    detail = Markup("bits per weight {} · {} times smaller than FP16").format(
         shown(row["bits_per_weight"], 2), shown(teacher["packed_mb"] / row["packed_mb"], 2)
     )
     more = _against(pair, _of_result("packed_mb"), 1)
@@ -191,4 +189,3 @@ def _export(pair: Pair) -> list[Card]:
             tone=tone,
         )
     ]
-

@@ -23,7 +23,7 @@ from lib.report.parts import (
     absent,
 )
 from lib.report.svg import Bar, bars
-from lib.report.values import change, flatten, lookup, shown, short
+from lib.report.values import DASH, TIMES, change, flatten, lookup, short, shown
 
 Q4, Q2, SNAPPED = "finetune", "finetune_q2", "snap"
 SIDE_BY_SIDE = ("teacher", Q4, Q2, SNAPPED, "+ adapter")
@@ -31,7 +31,7 @@ TEACHER_TONE = 7
 # key of a row of ladder.json, heading, decimals
 MEASURES = (
     ("perplexity", "perplexity", 2),
-    ("ratio", "× teacher", 3),
+    ("ratio", f"{TIMES} teacher", 3),
     ("kl", "KL, nats", 4),
     ("top1", "top-1", 4),
     ("bits_per_weight", "bits/weight", 2),
@@ -81,7 +81,7 @@ def _model_bars(pair: Pair, key: str, title: str, digits: int) -> Figure:
                 Bar(
                     label="" if number else name,
                     value=value,
-                    text="–" if value is None else short(value, digits),
+                    text=DASH if value is None else short(value, digits),
                     tone=TEACHER_TONE if name == "teacher" else 0,
                     other=bool(number),
                 )

@@ -1,4 +1,4 @@
-"""Where an experiment's files are read from: the workspace, or a revision that nobody checks out."""
+"""Where an experiment's files are read from: the workspace, or a revision, not checked out."""
 
 from __future__ import annotations
 

@@ -239,9 +239,9 @@ def _curve(series: Series, x: _Scale, y: _Scale) -> Markup:
     if series.dots:
         names = series.names or [f"{series.name}, {a:g}" for a, _ in series.points]
         parts += [
-            Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
-                series.classes, a, b, 3 if series.line else 2, f"{name}: {value:.5g}"
-            )
+            Markup(
+                '<circle class="dot {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>'
+            ).format(series.classes, a, b, 3 if series.line else 2, f"{name}: {value:.5g}")
             for (a, b), name, (_, value) in zip(places, names, series.points, strict=True)
         ]
     return Markup("").join(parts)

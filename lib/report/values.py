@@ -8,7 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-MISSING = Markup('<span class="missing" title="not there">–</span>')
+DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+MISSING = Markup('<span class="missing" title="not there">{}</span>').format(DASH)
 
 
 def shown(value: Any, digits: int | None = None) -> Markup:
@@ -44,17 +45,23 @@ def short(value: float, digits: int | None = None) -> str:
 
 
 def change(new: Any, old: Any, digits: int | None = None) -> Markup:
-    """How far ``new`` is from ``old``: the difference, and in per cent where that says something."""
+    """How far ``new`` is from ``old``: the difference, and in per cent unless that is silly."""
     if not _is_number(new) or not _is_number(old):
-        return Markup("same") if new == old else Markup("{}").format("" if None in (new, old) else "differs")
+        return (
+            Markup("same")
+            if new == old
+            else Markup("{}").format("" if None in (new, old) else "differs")
+        )
     if new == old:
         return Markup("same")
     difference = new - old
-    text = f"{'+' if difference > 0 else '−'}{short(abs(difference), digits)}"
+    text = f"{'+' if difference > 0 else MINUS}{short(abs(difference), digits)}"
     if old:
         share = 100 * difference / abs(old)
         text += f" ({share:+.1f} %)" if abs(share) < 1000 else ""
-    return Markup('<data value="{}">{}</data>').format(json.dumps(difference), text.replace("-", "−"))
+    return Markup('<data value="{}">{}</data>').format(
+        json.dumps(difference), text.replace("-", MINUS)
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.report.values import DASH, MINUS
 from tests.report.runs import STAGES, Page, write, write_runs
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_both_experiments_are_on_the_page(repository: Repository) -> None:
     assert json.dumps(34.448 - 55.125) in exact
     assert "2 parameters differ" in page.text
     assert "quant.lut_size 64 16" in page.text
-    assert "scales.rates.new_rate 0.5 –" in page.text
+    assert f"scales.rates.new_rate 0.5 {DASH}" in page.text
 
 
 def test_curves_of_the_revision_come_out_of_the_cache(repository: Repository) -> None:
@@ -136,7 +137,7 @@ def test_nothing_changes_but_the_page(repository: Repository) -> None:
 def test_against_itself(repository: Repository) -> None:
     page = repository.report("--against", "HEAD")
     assert "All parameters are the same." in page.text
-    assert "+" not in page.text and "−" not in page.text
+    assert "+" not in page.text and MINUS not in page.text
 
 
 def test_what_the_cache_lacks_is_told(repository: Repository, tmp_path: Path) -> None:

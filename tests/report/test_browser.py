@@ -82,5 +82,5 @@ def test_no_request_leaves_the_page(tab: Browser, pages: dict[str, Path], tmp_pa
 def test_folds_open_and_anchors_lead_somewhere(tab: Browser, pages: dict[str, Path]) -> None:
     tab.open(pages["one"])
     assert tab.value("document.querySelectorAll('details').length") > 3
-    lost = "[...document.querySelectorAll('a')].filter(a => a.hash && !document.querySelector(a.hash)).length"
+    lost = "[...document.links].filter((a) => !document.querySelector(a.hash)).length"
     assert tab.value(lost) == 0

@@ -69,7 +69,9 @@ def test_curves_are_drawn(repository: Repository, tmp_path: Path) -> None:
             assert tab.value("document.querySelectorAll('svg').length") == len(LOGS)
             # held-out losses at two steps, of two revisions
             assert tab.value("document.querySelectorAll('circle').length") == 4 * len(LOGS)
-            names = tab.value("[...document.querySelectorAll('li')].map((item) => item.textContent)")
+            names = tab.value(
+                "[...document.querySelectorAll('li')].map((item) => item.textContent)"
+            )
             assert names == ["HEAD~1", "HEAD"] * len(LOGS) or set(names) == {"HEAD~1", "HEAD"}
             first = tab.value("document.querySelector('circle title').textContent")
             assert re.fullmatch(r"HEAD(~1)?: 2.5 at step 0", first)

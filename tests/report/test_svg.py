@@ -37,7 +37,9 @@ def test_logarithmic_places() -> None:
     assert len(points(draw([0.0, -1.0, 1.0], log=True))) == 1
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [0.0, 0.0], [math.nan], [1e-300, 1e300], [-5.0, 5.0]])
+@pytest.mark.parametrize(
+    "values", [[], [1.0], [0.0, 0.0], [math.nan], [1e-300, 1e300], [-5.0, 5.0]]
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_any_values_give_a_chart(values: list[float], log: bool) -> None:
     svg = draw(values, log=log, limit=1.0)
@@ -56,13 +58,13 @@ def test_ticks_are_round(values: list[float], expected: list[str]) -> None:
 
 
 def test_ticks_of_a_logarithm_are_powers() -> None:
-    texts = re.findall(r'text-anchor="end">([^<]*)<', draw([1e-7, 1e3], log=True))
-    assert "10⁻⁶" in texts and "100" in texts
+    texts = re.findall(r'text-anchor="end">([^<]*)<', draw([1e-5, 1e3], log=True))
+    assert "10⁻⁴" in texts and "100" in texts
 
 
 def test_bars_are_as_long_as_their_values() -> None:
     rows = [Bar(label="a", value=1.0, text="1"), Bar(label="b", value=2.0, text="2")]
-    rows.append(Bar(label="c", value=None, text="–"))
+    rows.append(Bar(label="c", value=None, text="none"))
     found = ElementTree.fromstring(str(bars(rows, "label"))).iter("rect")
     one, two, none = (float(node.attrib["width"]) for node in found)
     assert two == pytest.approx(2 * one, abs=0.11)
@@ -74,7 +76,7 @@ def test_a_cell_is_darker_for_more() -> None:
     cells = [n for n in ElementTree.fromstring(svg).iter("rect") if len(n)]
     shades = [float(cell.attrib["fill-opacity"]) for cell in cells]
     assert shades == [0.08, 0.54, 1.0]
-    assert [cell[0].text for cell in cells][0] == "q, block 0: 1e-06"
+    assert cells[0][0].text == "q, block 0: 1e-06"
 
 
 def test_colours_come_from_the_page() -> None:
