@@ -9,7 +9,7 @@ from markupsafe import Markup
 from lib.report.experiment import ANE, EXPORT, Experiment
 from lib.report.parts import Figure, Figures, Fold, Key, Note, Pair, Part, Table, absent
 from lib.report.svg import Series, plot
-from lib.report.training import LAYER
+from lib.report.training import LAYER, WIDE
 from lib.report.values import shown
 
 
@@ -78,10 +78,12 @@ def _headroom(found: list[tuple[Experiment, dict[str, Any]]], pair: Pair) -> Fig
                 names=[f"{module}, {form}" for module in lowest],
                 tone=tone,
                 line=False,
+                radius=2 if tone else 4,  # one form often lies on the other
+                faint=not tone,
                 other=one is pair.other,
             )
             series.append(cloud)
-            keys.append(Key(name=name, classes=cloud.classes))
+            keys.append(Key(name=name, classes=f"{cloud.classes} dots"))
             worst = min(lowest, key=lambda module: lowest[module], default="")
             if worst:
                 told.append(f"{name}: at least {lowest[worst]:.3g}, in {worst}")
@@ -96,7 +98,7 @@ def _headroom(found: list[tuple[Experiment, dict[str, Any]]], pair: Pair) -> Fig
         f"{title}. {'; '.join(told)}. Below 1 a result is infinite.",
         x_label="decoder block, in the order of execution",
         y_label="headroom",
-        size=(880, 300),
+        size=WIDE,
         log=True,
         limit=1.0,
         marks=[(place, block) for block, place in marks.items()],

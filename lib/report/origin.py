@@ -79,6 +79,26 @@ def stage_state(one: Experiment, stage: str) -> str:
     return AS_NOW if same else OTHERS
 
 
+def mixture(pair: Pair) -> list[Part]:
+    """A warning where results on the page do not belong together, by what dvc.lock recorded."""
+    parts: list[Part] = []
+    for one in pair.both:
+        lines = []
+        made = {out["path"]: out.get("md5") for s in one.lock.values() for out in s.get("outs", ())}
+        for stage in one.stages:
+            if stage_state(one, stage) == OTHERS:
+                lines.append(f"{stage} ran {OTHERS} than params.yaml has now")
+            deps = one.lock.get(stage, {}).get("deps", ())
+            others = [d["path"] for d in deps if made.get(d["path"], d["md5"]) != d["md5"]]
+            if others:
+                lines.append(f"{stage} read another {', '.join(others)} than is here now")
+        if lines:
+            name = f", {one.title}" if pair.other else ""
+            title = f"Not of one piece{name}: `dvc repro` brings it up to date"
+            parts.append(Note(title=title, lines=lines, tone="warn"))
+    return parts
+
+
 def fingerprints(pair: Pair) -> list[Part]:
     """What dvc.lock and the checkpoints say of what was made from what."""
     parts: list[Part] = []
@@ -89,14 +109,11 @@ def fingerprints(pair: Pair) -> list[Part]:
         if not one.lock:
             parts.append(absent(f"No dvc.lock{name}."))
             continue
-        late = [s for s in one.stages if stage_state(one, s) == OTHERS]
-        if late:
-            text = f"{', '.join(late)} ran with other parameters than params.yaml has now."
-            parts.append(Note(title=f"Not of one piece{name}", lines=[text], tone="warn"))
         idle = [s for s in one.stages if s not in one.lock]
         if idle:
             parts.append(absent(f"dvc.lock{name} has no {', '.join(idle)}."))
-        parts.append(_locked(one, name))
+        table = _locked(one, name)
+        parts.append(Fold(summary=f"{len(table.rows)} outputs{name}", parts=[table]))
     return parts
 
 

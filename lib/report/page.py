@@ -75,8 +75,13 @@ def render(this: Experiment, other: Experiment | None = None) -> str:
             Section(name=name, title=title, lead=lead, parts=_guarded(build, pair))
             for name, title, lead, build in SECTIONS
         ],
-        faults=[f"{one.title}: {fault}" for one in pair.both for fault in one.faults],
+        notes=[*_faults(pair), *_guarded(origin.mixture, pair)],
     )
+
+
+def _faults(pair: Pair) -> list[Part]:
+    lines = [f"{one.title}: {fault}" for one in pair.both for fault in one.faults]
+    return [Note(title="Files that cannot be read", lines=lines, tone="bad")] if lines else []
 
 
 def _guarded(build: Callable[[Pair], list[Part]], pair: Pair) -> list[Part]:

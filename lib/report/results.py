@@ -56,7 +56,7 @@ def ladder(pair: Pair) -> list[Part]:
         Figures(
             figures=[
                 _model_bars(pair, "ratio", "Perplexity, as a multiple of the teacher's", 3),
-                _model_bars(pair, "kl", "KL divergence from the teacher, nats per token", 4),
+                _model_bars(pair, "kl", "KL from the teacher, nats per token", 4),
                 _model_bars(pair, "top1", "Same most probable token as the teacher", 3),
             ]
         )
@@ -157,8 +157,9 @@ def _how_measured(name: str, values: dict[str, Any]) -> str:
     peaks = [v for v in (machine.get("peak_memory_mb") or {}).values() if v is not None]
     peak = f"; at most {short(max(peaks), 0)} MB of memory" if peaks else ""
     return (
-        f"{name + ': ' if name else ''}perplexity over {values['scored_tokens']:,} tokens, KL and "
-        f"top-1 over {values['scored_positions']:,} positions. {where}{torch}{peak}."
+        f"{name + ': perplexity' if name else 'Perplexity'} over {values['scored_tokens']:,} "
+        f"tokens, KL and top-1 over {values['scored_positions']:,} positions. "
+        f"{where}{torch}{peak}."
     )
 
 

@@ -47,6 +47,7 @@ def revision(root: Path, rev: str) -> Source:
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError, resolve_rev
+    from dvc_data.index import DataIndexDirError
     from scmrepo.exceptions import SCMError as GitError
 
     try:
@@ -73,7 +74,7 @@ def revision(root: Path, rev: str) -> Source:
     def read(path: str) -> bytes | None:
         try:
             content: bytes = files.read_bytes(path)
-        except (DvcException, OSError):  # what the cache lacks may raise either
+        except (DvcException, DataIndexDirError, OSError):  # DVC's cache lacks it
             return None
         return content
 

@@ -22,8 +22,8 @@ class Series:
     """One curve or cloud of points ``(x, y)``; what is not finite is left out.
 
     Attributes:
-        tone: index of its colour. line, dots: what is drawn of it. other: of the experiment that is
-            compared with, drawn dashed and hollow.
+        tone: index of its colour. line, dots: what is drawn of it. radius: of its dots.
+        other: it belongs to the experiment that is compared with: dashed and hollow.
         names: of the points, for what is shown when one is pointed at.
     """
 
@@ -32,6 +32,7 @@ class Series:
     tone: int = 0
     line: bool = True
     dots: bool = True
+    radius: float = 3
     faint: bool = False
     other: bool = False
     names: Sequence[str] = ()
@@ -122,37 +123,41 @@ def heat(rows: dict[str, dict[int, float]], label: str, *, unit: str) -> Markup:
     The scale is logarithmic where all values are positive.
     """
     columns = max((column for row in rows.values() for column in row), default=0) + 1
-    cell, left, top = 22, 78, 6
+    cell, left, top = max(18, min(34, 950 // columns)), 78, 6
+    high = 24
     values = [v for row in rows.values() for v in row.values() if math.isfinite(v)] or [0.0]
     log = min(values) > 0
     scale = _Scale(min(values), max(values), 0.08, 1.0, log=log)
-    width, bottom = max(left + cell * columns + 8, 320), top + cell * len(rows)
+    width, bottom = left + cell * columns + 8, top + high * len(rows)
     parts = []
     for number, (name, row) in enumerate(rows.items()):
-        y = top + cell * number
+        y = top + high * number
         parts.append(
             Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
-                left - 8, y + 15, name
+                left - 8, y + 16, name
             )
         )
         parts += [
             Markup(
-                '<rect class="cell" x="{}" y="{}" width="20" height="20" rx="2" '
+                '<rect class="cell" x="{}" y="{}" width="{}" height="22" rx="2" '
                 'fill-opacity="{}"><title>{}, block {}: {}</title></rect>'
-            ).format(left + cell * column, y, f"{scale(value):.3f}", name, column, f"{value:.4g}")
+            ).format(
+                *(left + cell * column, y, cell - 2, f"{scale(value):.3f}"),
+                *(name, column, f"{value:.4g}"),
+            )
             for column, value in row.items()
             if math.isfinite(value)
         ]
     for column in range(0, columns, 1 if columns <= 12 else 5):
-        parts.append(_text(left + cell * column + 10, bottom + 12, str(column), "middle"))
-    parts.append(_text(left, bottom + 31, f"{min(values):.2g}"))
+        parts.append(_text(left + cell * (column + 0.5) - 1, bottom + 12, str(column), "middle"))
+    parts.append(_text(left, bottom + 31, _few(min(values))))
     for number in range(6):
         parts.append(
             Markup(
                 '<rect class="cell" x="{}" y="{}" width="16" height="10" fill-opacity="{}"/>'
             ).format(left + 60 + 16 * number, bottom + 22, f"{0.08 + 0.92 * number / 5:.3f}")
         )
-    end = f"{max(values):.2g} {unit}{' (logarithmic)' if log else ''}"
+    end = f"{_few(max(values))} {unit}{' (logarithmic)' if log else ''}"
     parts.append(_text(left + 164, bottom + 31, end))
     return _svg(max(width, left + 170 + 6 * len(end)), bottom + 38, label, parts)
 
@@ -241,7 +246,7 @@ def _curve(series: Series, x: _Scale, y: _Scale) -> Markup:
         parts += [
             Markup(
                 '<circle class="dot {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>'
-            ).format(series.classes, a, b, 3 if series.line else 2, f"{name}: {value:.5g}")
+            ).format(series.classes, a, b, series.radius, f"{name}: {value:.5g}")
             for (a, b), name, (_, value) in zip(places, names, series.points, strict=True)
         ]
     return Markup("").join(parts)
@@ -300,6 +305,10 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> Markup:
     return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(
         _short(x), _short(y), anchor, text
     )
+
+
+def _few(value: float) -> str:
+    return f"{value:.2g}" if not 10 <= abs(value) < 1e5 else f"{value:,.0f}"
 
 
 def _short(value: float) -> str:

@@ -10,6 +10,7 @@ from lib.report.experiment import ANE, GRID, SCORES, Experiment
 from lib.report.parts import Figure, Figures, Key, Note, Pair, Part, absent
 from lib.report.svg import Series, heat, plot
 
+WIDE = (1040, 300)  # user units of a chart that stands alone
 TRAIN, HELD_OUT = "kd_loss", "val_kd_loss"
 CURVES = (  # column of log.csv, what it is, tone, faint
     (TRAIN, "training", 0, True),
@@ -24,9 +25,10 @@ def curves(pair: Pair) -> list[Part]:
     if not any(one.logs for one in pair.both):
         return [absent("No training stage left a log.csv here.")]
     parts: list[Part] = [Figures(figures=[_journey(pair)], wide=True)]
-    figures = [_stage_curves(pair, stage) for stage in pair.this.stages if _logged(pair, stage)]
-    parts.append(Figures(figures=figures))
-    idle = [s for s in pair.this.stages if _logged(pair, s) and not _trained(pair, s)]
+    logged = [stage for stage in pair.this.stages if any(stage in one.logs for one in pair.both)]
+    trained = [stage for stage in logged if _trained(pair, stage)]
+    parts.append(Figures(figures=[_stage_curves(pair, stage) for stage in trained]))
+    idle = [stage for stage in logged if stage not in trained]
     if idle:
         parts.append(
             Note(lines=[f"No steps in {', '.join(idle)}: the model was handed on as it came."])
@@ -49,12 +51,12 @@ def training_stages(one: Experiment) -> list[str]:
     ]
 
 
-def _logged(pair: Pair, stage: str) -> bool:
-    return any(stage in one.logs for one in pair.both)
-
-
 def _trained(pair: Pair, stage: str) -> bool:
-    return any(row["step"] for one in pair.both for row in one.logs.get(stage, []))
+    return any(_steps(one, stage) for one in pair.both)
+
+
+def _steps(one: Experiment, stage: str) -> float:
+    return max((row["step"] for row in one.logs.get(stage, [])), default=0.0)
 
 
 def _points(rows: Iterable[dict[str, float]], column: str, offset: float = 0) -> list[Any]:
@@ -103,19 +105,19 @@ def _journey(pair: Pair) -> Figure:
     for number, one in enumerate(pair.both):
         start = 0.0
         for tone, stage in enumerate(stage for stage in one.stages if stage in one.logs):
-            rows = one.logs[stage]
+            if not _steps(one, stage):
+                continue
             curve = Series(
                 name=f"{stage}, {one.title}" if pair.other else stage,
-                points=_points(rows, HELD_OUT, start),
+                points=_points(one.logs[stage], HELD_OUT, start),
                 tone=tone,
                 other=bool(number),
             )
             series.append(curve)
             keys.append(Key(name=curve.name, classes=curve.classes))
-            end = start + max(row["step"] for row in rows)
-            if not number and end > start:
+            if not number:
                 marks[start] = stage
-            start = end
+            start += _steps(one, stage)
     title = "Held-out distillation loss along the pipeline"
     stages = ", ".join(key.name for key in keys)
     chart = plot(
@@ -123,7 +125,7 @@ def _journey(pair: Pair) -> Figure:
         f"{title}: {stages}.",
         x_label="optimizer steps, all stages after one another",
         y_label="distillation loss",
-        size=(880, 280),
+        size=WIDE,
         marks=list(marks.items()),
     )
     note = (

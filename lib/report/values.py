@@ -26,6 +26,8 @@ def shown(value: Any, digits: int | None = None) -> Markup:
         return Markup('<data value="{}">{}</data>').format(json.dumps(value), short(value, digits))
     if isinstance(value, str):
         return Markup("{}").format(value) if value else Markup("<i>empty</i>")
+    if isinstance(value, list):
+        return Markup("<br>").join(shown(item) for item in value)
     return Markup("{}").format(json.dumps(value, ensure_ascii=False))
 
 
