@@ -26,7 +26,7 @@ def gate(pair: Pair) -> list[Part]:
         return [absent(f"Stage ane_check left no {ANE}.")]
     parts: list[Part] = []
     for one, report in found:
-        name = f"{one.title}: " if pair.other else ""
+        name = f"{one.name}: " if pair.other else ""
         word, tone = verdict(report["passed"])
         parts.append(Note(title=f"{name}FP16 check {word}", lines=[report["ane"]], tone=tone))
         for what, tone in (("failures", "bad"), ("warnings", "warn")):
@@ -37,7 +37,7 @@ def gate(pair: Pair) -> list[Part]:
                 parts.append(Note(title=title, lines=shown_lines, tone=tone))
     parts.append(Figures(figures=[_headroom(found, pair)], wide=True))
     for one, report in found:
-        name = f", {one.title}" if pair.other else ""
+        name = f", {one.name}" if pair.other else ""
         parts += [_against_float32(report, name), _facts(report, name)]
     return parts
 
@@ -68,18 +68,19 @@ def _headroom(found: list[tuple[Experiment, dict[str, Any]]], pair: Pair) -> Fig
     series, keys, told = [], [], []
     places: dict[str, int] = {}
     for one, report in found:
-        for tone, (form, lowest) in enumerate(lowest_headroom(report).items()):
+        forms = list(lowest_headroom(report).items())
+        for number, (form, lowest) in enumerate(forms[:1] if pair.other else forms):
             for name in lowest:
                 places.setdefault(name, len(places))
-            name = f"{form}, {one.title}" if pair.other else form
+            name = f"{form}, {one.name}" if pair.other else form
             cloud = Series(
                 name=name,
                 points=[(places[module], value) for module, value in lowest.items()],
                 names=[f"{module}, {form}" for module in lowest],
-                tone=tone,
+                tone=int(one is pair.other) or number,
                 line=False,
-                radius=2 if tone else 4,  # one form often lies on the other
-                faint=not tone,
+                radius=2 if number else 4,  # one form often lies on the other
+                faint=not number,
                 other=one is pair.other,
             )
             series.append(cloud)
@@ -141,12 +142,12 @@ def export(pair: Pair) -> list[Part]:
         return [absent(f"Stage export left no {EXPORT}.")]
     parts: list[Part] = []
     for one, report in found:
-        name = f"{one.title}: " if pair.other else ""
+        name = f"{one.name}: " if pair.other else ""
         word, tone = verdict(report["passed"])
         lines = [report["statement"], *report["faults"]]
         title = f"{name}Export for {report['target']} {word}"
         parts.append(Note(title=title, lines=lines, tone=tone))
-        end = f", {one.title}" if pair.other else ""
+        end = f", {one.name}" if pair.other else ""
         parts.append(_packages(report, end))
         if report.get("audit"):
             parts.append(_audit(report["audit"], end))

@@ -64,7 +64,7 @@ def _differences(this: Experiment, other: Experiment) -> Part:
     rows = [[key, _written(new), _written(old)] for key, (new, old) in found.items()]
     return Table(
         caption=f"{len(found)} parameters differ" if len(found) > 1 else "One parameter differs",
-        head=["parameter", this.title, other.title],
+        head=["parameter", this.name, other.name],
         rows=rows,
         words=True,
     )
@@ -85,15 +85,16 @@ def mixture(pair: Pair) -> list[Part]:
     for one in pair.both:
         lines = []
         made = {out["path"]: out.get("md5") for s in one.lock.values() for out in s.get("outs", ())}
+        late = [stage for stage in one.stages if stage_state(one, stage) == OTHERS]
+        if late:
+            lines.append(f"{', '.join(late)} ran {OTHERS} than params.yaml has")
         for stage in one.stages:
-            if stage_state(one, stage) == OTHERS:
-                lines.append(f"{stage} ran {OTHERS} than params.yaml has now")
             deps = one.lock.get(stage, {}).get("deps", ())
             others = [d["path"] for d in deps if made.get(d["path"], d["md5"]) != d["md5"]]
             if others:
-                lines.append(f"{stage} read another {', '.join(others)} than is here now")
+                lines.append(f"{stage} read another {', '.join(others)} than dvc.lock has now")
         if lines:
-            name = f", {one.title}" if pair.other else ""
+            name = f", {one.name}" if pair.other else ""
             title = f"Not of one piece{name}: `dvc repro` brings it up to date"
             parts.append(Note(title=title, lines=lines, tone="warn"))
     return parts
@@ -103,7 +104,7 @@ def fingerprints(pair: Pair) -> list[Part]:
     """What dvc.lock and the checkpoints say of what was made from what."""
     parts: list[Part] = []
     for one in pair.both:
-        name = f", {one.title}" if pair.other else ""
+        name = f", {one.name}" if pair.other else ""
         if one.checkpoints:
             parts.append(_checkpoints(one, name))
         if not one.lock:

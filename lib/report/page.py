@@ -12,7 +12,7 @@ from markupsafe import Markup
 from lib.report import device, origin, results, training
 from lib.report.experiment import ANE, EXPORT, Experiment
 from lib.report.parts import Card, Note, Pair, Part, Section
-from lib.report.values import TIMES, change, lookup, shown
+from lib.report.values import TIMES, change, lookup, prose, shown
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What reading a file raises that another version of the pipeline wrote, or that was edited."""
@@ -63,6 +63,7 @@ def render(this: Experiment, other: Experiment | None = None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["prose"] = prose
     teacher = this.metrics.get("teacher", {})
     source = teacher.get("source") or lookup(this.params, "teacher.source") or "lutqat"
     return environment.get_template("page.html").render(
@@ -80,7 +81,7 @@ def render(this: Experiment, other: Experiment | None = None) -> str:
 
 
 def _faults(pair: Pair) -> list[Part]:
-    lines = [f"{one.title}: {fault}" for one in pair.both for fault in one.faults]
+    lines = [f"{one.name}: {fault}" for one in pair.both for fault in one.faults]
     return [Note(title="Files that cannot be read", lines=lines, tone="bad")] if lines else []
 
 
@@ -115,9 +116,9 @@ def _against(pair: Pair, read: Callable[[Experiment], Any], digits: int) -> list
         return []
     new, old = read(pair.this), read(pair.other)
     if old is None:
-        return [Markup("{}: {}").format(pair.other.title, "not run")]
+        return [Markup("{}: {}").format(pair.other.name, "not run")]
     return [
-        Markup("{}: {} · {}").format(pair.other.title, shown(old, digits), change(new, old, digits))
+        Markup("{}: {} · {}").format(pair.other.name, shown(old, digits), change(new, old, digits))
     ]
 
 

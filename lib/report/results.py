@@ -63,7 +63,7 @@ def ladder(pair: Pair) -> list[Part]:
     ]
     parts += [_compared_ladder(pair)] if pair.other else [_ladder_table(pair.this)]
     for one, values in pair.files(LADDER):
-        parts.append(Note(lines=[_how_measured(one.title if pair.other else "", values)]))
+        parts.append(Note(lines=[_how_measured(one.name if pair.other else "", values)]))
     return parts
 
 
@@ -87,16 +87,16 @@ def _model_bars(pair: Pair, key: str, title: str, digits: int) -> Figure:
                 )
             )
     said = ", ".join(f"{row.label} {row.text}".strip() for row in rows)
-    return Figure(title=title, svg=bars(rows, f"{title}: {said}"), keys=experiment_keys(pair))
+    return Figure(title=title, svg=bars(rows, f"{title}: {said}"), keys=_experiment_keys(pair))
 
 
-def experiment_keys(pair: Pair) -> list[Key]:
+def _experiment_keys(pair: Pair) -> list[Key]:
     """A legend that tells the two experiments apart; empty for one."""
     if pair.other is None:
         return []
     return [
-        Key(name=pair.this.title, classes="t0"),
-        Key(name=pair.other.title, classes="t0 other"),
+        Key(name=pair.this.name, classes="t0 box"),
+        Key(name=pair.other.name, classes="t0 other box"),
     ]
 
 
@@ -136,12 +136,12 @@ def _compared_ladder(pair: Pair) -> Table:
         cells: list[str | Markup] = [name]
         for key, _, digits in measures:
             new, old = (values.get(name, {}).get(key) for values in (ours, theirs))
-            cells += [shown(new, digits), shown(old, digits), change(new, old, digits)]
+            cells += [shown(new, digits), shown(old, digits), change(new, old, digits, share=False)]
         rows.append(cells)
     return Table(
-        caption=f"The ladders of {pair.this.title} and {pair.other.title}, side by side",
+        caption=f"The ladders of {pair.this.name} and {pair.other.name}, side by side",
         groups=[("", 1), *((title, 3) for _, title, _ in measures)],
-        head=["model", *([pair.this.title, pair.other.title, "change"] * len(measures))],
+        head=["model", *([pair.this.name, pair.other.name, "change"] * len(measures))],
         rows=rows,
     )
 
@@ -197,7 +197,7 @@ def sizes(pair: Pair) -> list[Part]:
     parts.append(
         Table(
             caption="Sizes of what is deployed",
-            head=["what", *(one.title for one in pair.both)],
+            head=["what", *(one.name for one in pair.both)],
             rows=[[name, *(row.get(name, shown(None)) for row in rows)] for name in names],
         )
     )
@@ -226,18 +226,20 @@ def samples(pair: Pair) -> list[Part]:
         return [absent(f"Stage evaluate left no {SAMPLES}.")]
     prompts: dict[str, tuple[list[Answer], list[Answer]]] = {}
     for one, values in pair.files(SAMPLES):
-        label = f" · {one.title}" if pair.other else ""
+        label = f" · {one.name}" if pair.other else ""
+        answers = values["answers"]
+        ordered = [name for name in SIDE_BY_SIDE if name in answers]
         for number, prompt in enumerate(values["prompts"]):
-            main, rest = prompts.setdefault(str(prompt), ([], []))
-            for model, texts in values["answers"].items():
+            for model in [*ordered, *(name for name in answers if name not in ordered)]:
                 answer = Answer(
-                    model=f"{model}{label}", detail=bits_of(one, model), text=str(texts[number])
+                    model=f"{model}{label}",
+                    detail=bits_of(one, model),
+                    text=str(answers[model][number]),
                 )
-                (main if model in SIDE_BY_SIDE else rest).append(answer)
-    order = {name: place for place, name in enumerate(SIDE_BY_SIDE)}
+                main, rest = prompts.setdefault(str(prompt), ([], []))
+                (main if model in ordered else rest).append(answer)
     parts: list[Part] = []
     for prompt, (main, rest) in prompts.items():
-        main.sort(key=lambda answer: order[answer.model.split(" · ")[0]])
         parts.append(Samples(prompt=prompt, answers=main))
         if rest:
             more: list[Part] = [Samples(prompt=prompt, answers=rest)]
@@ -246,26 +248,43 @@ def samples(pair: Pair) -> list[Part]:
 
 
 def metrics(pair: Pair) -> list[Part]:
-    """Every stage's metrics.json, a small table each."""
-    tables: list[Part] = []
-    missing = []
-    for stage in pair.this.stages:
-        values = [one.metrics.get(stage) for one in pair.both]
-        if not any(values):
-            missing.append(stage)
-            continue
-        flat = [flatten(v) if v else {} for v in values]
-        names = dict.fromkeys(name for one in flat for name in one)
-        rows: list[list[str | Markup]] = []
-        for name in names:
-            cells = [shown(one.get(name)) for one in flat]
-            if len(flat) > 1:
-                cells.append(change(flat[0].get(name), flat[1].get(name)))
-            rows.append([name, *cells])
-        head = [one.title for one in pair.both] + (["change"] if pair.other else [])
-        plain = ["value"] if not pair.other else head
-        tables.append(Table(caption=stage, head=["metric", *plain], rows=rows))
-    parts: list[Part] = [Columns(parts=tables)]
-    if missing:
-        parts.append(absent(f"No metrics of {', '.join(missing)}."))
+    """Every stage's metrics.json: a small table each, or what differs and what does not."""
+    if not any(one.metrics for one in pair.both):
+        return [absent("No stage has metrics.")]
+    parts: list[Part] = (
+        _compared_metrics(pair.this, pair.other)
+        if pair.other
+        else [Columns(parts=[_stage_metrics(s, v) for s, v in pair.this.metrics.items()])]
+    )
+    for one in pair.both:
+        missing = [stage for stage in one.stages if stage not in one.metrics]
+        if missing:
+            name = f"{one.name}: no" if pair.other else "No"
+            parts.append(absent(f"{name} metrics of {', '.join(missing)}."))
+    return parts
+
+
+def _stage_metrics(stage: str, values: dict[str, Any]) -> Table:
+    rows = [[name, shown(value)] for name, value in flatten(values).items()]
+    return Table(caption=stage, head=["metric", "value"], rows=rows)
+
+
+def _compared_metrics(this: Experiment, other: Experiment) -> list[Part]:
+    ours, theirs = flatten(this.metrics), flatten(other.metrics)
+    differ: list[list[str | Markup]] = []
+    same: list[list[str | Markup]] = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        new, old = ours.get(name), theirs.get(name)
+        row: list[str | Markup] = [name, shown(new)]
+        if new == old:
+            same.append(row)
+        else:
+            differ.append([*row, shown(old), change(new, old)])
+    parts: list[Part] = []
+    if differ:
+        head = ["metric", this.name, other.name, "change"]
+        parts.append(Table(caption=f"Metrics that differ: {len(differ)}", head=head, rows=differ))
+    if same:
+        table = Table(caption="The same in both", head=["metric", "value"], rows=same)
+        parts.append(Fold(summary=f"Metrics that are the same: {len(same)}", parts=[table]))
     return parts

@@ -36,8 +36,9 @@ def curves(pair: Pair) -> list[Part]:
     for one in pair.both:
         missing = [s for s in training_stages(one) if s not in one.logs]
         if missing:
-            name = f"{one.title}: no" if pair.other else "No"
-            parts.append(absent(f"{name} log.csv of {', '.join(missing)}."))
+            name = f"{one.name}: no" if pair.other else "No"
+            cause = ", or DVC's cache lacks it" if one.commit else ""
+            parts.append(absent(f"{name} log.csv of {', '.join(missing)}{cause}."))
     return parts
 
 
@@ -71,7 +72,7 @@ def _stage_curves(pair: Pair, stage: str) -> Figure:
             points = _points(one.logs.get(stage, []), column)
             if not points:
                 continue
-            name = f"{what}, {one.title}" if pair.other else what
+            name = f"{what}, {one.name}" if pair.other else what
             curve = Series(
                 name=name,
                 points=points,
@@ -93,7 +94,7 @@ def _ends(pair: Pair, stage: str) -> str:
     for one in pair.both:
         losses = [loss for _, loss in _points(one.logs.get(stage, []), HELD_OUT)]
         if losses:
-            name = f"{one.title}: " if pair.other else ""
+            name = f"{one.name}: " if pair.other else ""
             told.append(f"{name}{losses[0]:.4g} → {losses[-1]:.4g}")
     return f"Held out {'; '.join(told)}." if told else ""
 
@@ -108,7 +109,7 @@ def _journey(pair: Pair) -> Figure:
             if not _steps(one, stage):
                 continue
             curve = Series(
-                name=f"{stage}, {one.title}" if pair.other else stage,
+                name=f"{stage}, {one.name}" if pair.other else stage,
                 points=_points(one.logs[stage], HELD_OUT, start),
                 tone=tone,
                 other=bool(number),
@@ -144,7 +145,7 @@ def layers(pair: Pair) -> list[Part]:
             parts.append(absent(f"{title}: no {path}."))
             continue
         for one, rows in found:
-            name = f"{title}, {one.title}" if pair.other else title
+            name = f"{title}, {one.name}" if pair.other else title
             worst = ", ".join(f"{kind} of block {block}" for kind, block in _highest(rows, 3))
             chart = heat(rows, f"{name}, by layer. Highest: {worst}.", unit=unit)
             said = f"{note} Highest: {worst}."

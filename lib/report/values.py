@@ -46,23 +46,30 @@ def short(value: float, digits: int | None = None) -> str:
     return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def change(new: Any, old: Any, digits: int | None = None) -> Markup:
-    """How far ``new`` is from ``old``: the difference, and in per cent unless that is silly."""
-    if not _is_number(new) or not _is_number(old):
-        return (
-            Markup("same")
-            if new == old
-            else Markup("{}").format("" if None in (new, old) else "differs")
-        )
+def change(new: Any, old: Any, digits: int | None = None, *, share: bool = True) -> Markup:
+    """How far ``new`` is from ``old``; ``share``: also in per cent, unless that is silly."""
     if new == old:
         return Markup("same")
+    if not _is_number(new) or not _is_number(old):
+        return Markup("") if new is None or old is None else Markup("differs")
     difference = new - old
-    text = f"{'+' if difference > 0 else MINUS}{short(abs(difference), digits)}"
-    if old:
-        share = 100 * difference / abs(old)
-        text += f" ({share:+.1f} %)" if abs(share) < 1000 else ""
-    return Markup('<data value="{}">{}</data>').format(
-        json.dumps(difference), text.replace("-", MINUS)
+    sign = "+" if difference > 0 else MINUS
+    text = f"{sign}{short(abs(difference), digits)}"
+    if share and 0.0005 < abs(difference / (old or math.inf)) < 10:
+        text += f" ({sign}{100 * abs(difference / old):.1f} %)"
+    return Markup('<data value="{}">{}</data>').format(json.dumps(difference), text)
+
+
+def prose(text: str | Markup) -> Markup:
+    """Plain text in which `these` are code."""
+    if isinstance(text, Markup):
+        return text
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:  # one is left over: they mean something else
+        return Markup("{}").format(text)
+    return Markup("").join(
+        Markup("<code>{}</code>" if number % 2 else "{}").format(piece)
+        for number, piece in enumerate(pieces)
     )
 
 

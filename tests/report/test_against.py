@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lib.base.errors import InputError
+from lib.report.experiment import read_experiment
+from lib.report.page import render
+from lib.report.source import revision, workspace
 from lib.report.values import DASH, MINUS
 from tests.report.runs import STAGES, Page, write, write_runs
 
@@ -23,27 +27,26 @@ IDENTITY = {
 
 
 class Repository:
-    """A folder with git and DVC in it."""
+    """A folder with git and DVC in it, which see no configuration of this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def run(self, *command: str, status: int = 0) -> str:
-        """What a command prints, standard error included."""
-        private = self.folder.parent / "private"
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_"))},
+        private = folder.parent / "private"
+        self.settings = {
             **IDENTITY,
             **{f"DVC_{n}_CONFIG_DIR": str(private / n) for n in ("GLOBAL", "SYSTEM")},
             **{f"GIT_CONFIG_{n}": os.devnull for n in ("GLOBAL", "SYSTEM")},
             "DVC_SITE_CACHE_DIR": str(private / "site"),
             "DVC_NO_ANALYTICS": "1",
-            "PYTHONPATH": str(ROOT),
         }
+
+    def run(self, *command: str, status: int = 0) -> str:
+        """What a command prints, standard error included."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_"))}
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=environment,
+            env={**inherited, **self.settings, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -52,17 +55,21 @@ class Repository:
         assert done.returncode == status, done.stdout
         return done.stdout
 
-    def lutqat(self, *arguments: str, status: int = 0) -> str:
-        return self.run(sys.executable, "-m", "lib.cli.main", *arguments, status=status)
+    def dvc(self, *arguments: str) -> str:
+        return self.run(sys.executable, "-m", "dvc", *arguments)
 
-    def report(self, *arguments: str) -> Page:
-        self.lutqat("report", *arguments)
-        return Page((self.folder / "runs/report.html").read_text(encoding="utf-8"))
+    def against(self, rev: str) -> Page:
+        """The page of the workspace against ``rev``."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.settings.items():
+                patch.setenv(name, value)
+            other = read_experiment(revision(self.folder, rev))
+        return Page(render(read_experiment(workspace(self.folder)), other))
 
     def commit(self, message: str) -> None:
         """As after `dvc repro`: outputs in DVC's cache, the rest in git."""
         ran = [stage for stage in STAGES if (self.folder / "runs" / stage).is_dir()]
-        self.run(sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *ran)
+        self.dvc("commit", "--force", "--quiet", *ran)
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", f"--message={message}")
 
@@ -84,7 +91,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("against") / "lutqat"
     made = Repository(write_runs(folder, best=1.875, snapped=55.125))
     made.run("git", "init", "--quiet", "--initial-branch=main")
-    made.run(sys.executable, "-m", "dvc", "init", "--quiet")
+    made.dvc("init", "--quiet")
     write(folder / ".gitignore", "/runs/*/*\n!/runs/*/*.json\n/runs/*.html\n")
     made.commit("old results")
     made.run("git", "branch", "old")
@@ -100,7 +107,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 
 def test_both_experiments_are_on_the_page(repository: Repository) -> None:
-    page = repository.report("--against", "old")
+    page = repository.against("old")
     commit = repository.run("git", "rev-parse", "--short=7", "old").strip()
     assert f"old ({commit})" in page.text
     exact = page.exact()
@@ -113,7 +120,7 @@ def test_both_experiments_are_on_the_page(repository: Repository) -> None:
 
 def test_curves_of_the_revision_come_out_of_the_cache(repository: Repository) -> None:
     """log.csv is no file of git's: its text is in DVC's cache only."""
-    page = repository.report("--against", "old")
+    page = repository.against("old")
     charts = [chart["aria-label"] for chart in page.named("svg")]
     (scales,) = (label for label in charts if label.startswith("scales:"))
     assert "workspace: 2.5 → 1.235" in scales
@@ -124,18 +131,22 @@ def test_curves_of_the_revision_come_out_of_the_cache(repository: Repository) ->
 
 @pytest.mark.parametrize("rev", ["old", "trial", "HEAD~1", "main~1"])
 def test_whatever_names_the_revision(repository: Repository, rev: str) -> None:
-    assert "55.125" in repository.report("--against", rev).exact()
+    assert "55.125" in repository.against(rev).exact()
 
 
 def test_nothing_changes_but_the_page(repository: Repository) -> None:
+    """The command itself, in a process of its own."""
     before = repository.state()
-    repository.report("--against", "old")
+    command = (sys.executable, "-W", "error", "-m", "lib.cli.main", "report", "--against", "trial")
+    assert repository.run(*command) == "wrote runs/report.html\n"
+    text = (repository.folder / "runs/report.html").read_text(encoding="utf-8")
+    assert "55.125" in Page(text).exact()
     assert repository.state() == before
     assert repository.run("git", "status", "--porcelain") == ""
 
 
 def test_against_itself(repository: Repository) -> None:
-    page = repository.report("--against", "HEAD")
+    page = repository.against("HEAD")
     assert "All parameters are the same." in page.text
     assert "+" not in page.text and MINUS not in page.text
 
@@ -143,26 +154,18 @@ def test_against_itself(repository: Repository) -> None:
 def test_what_the_cache_lacks_is_told(repository: Repository, tmp_path: Path) -> None:
     clone = Repository(tmp_path / "clone")
     repository.run("git", "clone", "--quiet", str(repository.folder), str(clone.folder))
-    page = clone.report("--against", "HEAD~1")
+    page = clone.against("HEAD~1")
     assert "55.125" in page.exact()
     assert "No training stage left a log.csv" in page.text
 
 
 def test_bad_revisions(repository: Repository, tmp_path: Path) -> None:
-    error = repository.lutqat("report", "--against", "nowhere", status=3)
-    assert error.startswith("error: there is no revision nowhere")
-    assert error.count("\n") == 1
-    write_runs(tmp_path / "plain")
-    error = Repository(tmp_path / "plain").lutqat("report", "--against", "main", status=3)
-    assert error.startswith("error: cannot compare with main")
-    assert error.count("\n") == 1
-    repository.run("git", "checkout", "--quiet", "--orphan", "empty")
-    try:
-        repository.run("git", "commit", "--quiet", "--message=same", "--allow-empty")
-        repository.run("git", "rm", "--quiet", "-r", "--cached", ".")
-        repository.run("git", "commit", "--quiet", "--message=nothing", "--allow-empty")
-        error = repository.lutqat("report", "--against", "empty", status=3)
-    finally:
-        repository.run("git", "checkout", "--quiet", "--force", "main")
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    with pytest.raises(InputError, match="there is no revision nowhere"):
+        repository.against("nowhere")
+    plain = Repository(write_runs(tmp_path / "plain"))
+    with pytest.raises(InputError, match="cannot compare with main"):
+        plain.against("main")
+    tree = repository.run("git", "mktree", "--missing").strip()
+    empty = repository.run("git", "commit-tree", "-m", "nothing", tree).strip()
+    with pytest.raises(InputError, match=f"cannot compare with {empty}: no DVC repository"):
+        repository.against(empty)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("plots") / "lutqat"
     made = Repository(write_runs(folder, best=1.875))
     made.run("git", "init", "--quiet", "--initial-branch=main")
-    made.run(sys.executable, "-m", "dvc", "init", "--quiet")
+    made.dvc("init", "--quiet")
     for name in (".dvc/config", "lib/report/plots.html"):
         write(folder / name, (ROOT / name).read_text(encoding="utf-8"))
     write(folder / ".gitignore", "/runs/*/*\n!/runs/*/*.json\n/dvc_plots/\n")
@@ -30,7 +29,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 
 def plots(repository: Repository, *arguments: str) -> Path:
-    repository.run(sys.executable, "-m", "dvc", "plots", *arguments)
+    repository.dvc("plots", *arguments)
     return repository.folder / "dvc_plots" / "index.html"
 
 
@@ -49,7 +48,7 @@ def test_no_script_of_others(repository: Repository, command: tuple[str, ...]) -
 
 def test_dvc_s_own_page_would_load_some(repository: Repository) -> None:
     """The control: without the setting there are scripts of a server."""
-    repository.run(sys.executable, "-m", "dvc", "config", "--unset", "plots.html_template")
+    repository.dvc("config", "--unset", "plots.html_template")
     try:
         text = plots(repository, "show").read_text(encoding="utf-8")
     finally:
