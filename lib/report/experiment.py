@@ -72,10 +72,12 @@ def read_experiment(source: Source) -> Experiment:
     found = Experiment(name=source.name, commit=source.commit)
     pipeline = _read(found, source, "dvc.yaml", _yaml)
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), dict):
-        raise InputError(
-            f"{source.name}: no pipeline (dvc.yaml) to report on; run from the root of the "
-            "repository"
+        remedy = (
+            "name a revision that has one"
+            if source.commit
+            else "run from the root of the repository"
         )
+        raise InputError(f"{source.name}: no pipeline (dvc.yaml) to report on; {remedy}")
     found.stages = list(pipeline["stages"])
     found.outputs = list(_outputs(pipeline))
     found.params = _read(found, source, "params.yaml", _yaml_object) or {}

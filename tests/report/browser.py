@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ _SWITCHES = (
     *("--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars"),
     "--remote-debugging-pipe",
 )
+# the protocol's pipes are the descriptors 3 and 4
+_LAUNCH = """import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])"""
 _PATIENCE = 120  # seconds without a word from the browser after which it is given up
 
 
@@ -119,7 +126,7 @@ def browser(profile: Path) -> Iterator[Browser]:
     our_read, their_write = os.pipe()
     command = (PROGRAM, *_SWITCHES, f"--user-data-dir={profile}", "about:blank")
     process = subprocess.Popen(
-        ("sh", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "sh", *command),
+        (sys.executable, "-c", _LAUNCH, str(their_read), str(their_write), *command),
         pass_fds=(their_read, their_write),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
