@@ -78,8 +78,8 @@ def read_experiment(source: Source) -> Experiment:
             else "run from the root of the repository"
         )
         raise InputError(f"{source.name}: no pipeline (dvc.yaml) to report on; {remedy}")
-    found.stages = list(pipeline["stages"])
-    found.outputs = list(_outputs(pipeline))
+    found.stages = [str(stage) for stage in pipeline["stages"]]
+    found.outputs = list(_outputs(pipeline["stages"]))
     found.params = _read(found, source, "params.yaml", _yaml_object) or {}
     lock = _read(found, source, "dvc.lock", _yaml_object) or {}
     found.lock = lock["stages"] if isinstance(lock.get("stages"), dict) else {}
@@ -104,13 +104,13 @@ def read_experiment(source: Source) -> Experiment:
     return found
 
 
-def _outputs(pipeline: dict[str, Any]) -> Iterable[str]:
-    """Every path that the stages write."""
-    stages = [stage for stage in pipeline["stages"].values() if isinstance(stage, dict)]
-    for stage in stages:
+def _outputs(stages: dict[str, Any]) -> Iterable[str]:
+    """Every path that the stages write; an entry is a path, or a path with options."""
+    for stage in stages.values():
         for kind in ("outs", "metrics", "plots"):
-            for entry in stage.get(kind) or ():
-                yield entry if isinstance(entry, str) else next(iter(entry))
+            entries = stage.get(kind) if isinstance(stage, dict) else None
+            for entry in entries if isinstance(entries, list) else ():
+                yield from map(str, entry if isinstance(entry, dict) else (entry,))
 
 
 def _read(found: Experiment, source: Source, path: str, parse: Callable[[str], Any]) -> Any:

@@ -33,10 +33,10 @@ def shown(value: Any, digits: int | None = None) -> Markup:
 
 def short(value: float, digits: int | None = None) -> str:
     """A number in few characters."""
+    if isinstance(value, int) and digits is None:
+        return f"{value:,}"
     if not math.isfinite(value):
         return "infinite" if value > 0 else "not finite"
-    if isinstance(value, int):
-        return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
     if digits is not None and (abs(value) < 1e5):
         return f"{value:,.{digits}f}"
     if value == 0:
@@ -64,7 +64,7 @@ def prose(text: str | Markup) -> Markup:
     """Plain text in which `these` are code."""
     if isinstance(text, Markup):
         return text
-    pieces = text.split("`")
+    pieces = str(text).split("`")
     if len(pieces) % 2 == 0:  # one is left over: they mean something else
         return Markup("{}").format(text)
     return Markup("").join(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,27 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{ 7*7 }}"
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_runs(tmp_path)
+
+
+LOCK = {
+    "stages": {
+        "scales": {
+            "params": {"params.yaml": {"quant": {"lut_size": 8}}},
+            "deps": [{"path": "lib/base", "md5": "0123"}],
+            "outs": [{"path": "runs/scales/model", "md5": "89ab", "size": 3}],
+        }
+    }
+}
+
+
+def replaced(value: Any, rng: random.Random, wrong: Any) -> Any:
+    """A copy of JSON ``value`` in which something, chosen at random, is ``wrong``."""
+    if not value or not isinstance(value, dict | list) or rng.random() < 0.1:
+        return wrong
+    key: Any = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    copy: Any = value.copy()
+    copy[key] = replaced(value[key], rng, wrong)
+    return copy
 
 
 def edit(path: Path, change: dict[str, object]) -> None:
@@ -157,6 +181,20 @@ class TestMissing:
         text = Page(page_of(root)).text
         assert "has not the form that this version writes" in text
         assert "1.234567" in Page(page_of(root)).exact()
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_any_wrong_value_leaves_a_page_or_one_line(self, root: Path, seed: int) -> None:
+        """One value of one file becomes something else."""
+        rng = random.Random(seed)
+        write(root / "dvc.lock", json.dumps(LOCK))
+        files = sorted(p for p in root.rglob("*") if p.suffix in (".json", ".yaml", ".lock"))
+        path = rng.choice(files)
+        wrong = rng.choice([None, "x", [], {}, -1, math.nan, True, 10**400, [1], {"a": None}])
+        path.write_text(json.dumps(replaced(json.loads(path.read_text()), rng, wrong)))
+        try:
+            assert Page(page_of(root)).text.endswith("the same page.")
+        except InputError as error:
+            assert "no pipeline" in str(error)
 
     def test_losses_that_are_not_finite_are_left_out(self, root: Path) -> None:
         write(root / "runs/scales/log.csv", "step,val_kd_loss\n0,inf\n1,nan\n2,1.5\n")
