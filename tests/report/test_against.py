@@ -165,6 +165,9 @@ def test_bad_revisions(repository: Repository, tmp_path: Path) -> None:
     plain = Repository(write_runs(tmp_path / "plain"))
     with pytest.raises(InputError, match="cannot compare with main"):
         plain.against("main")
+    write(plain.folder / ".dvc/config", "[core]\n    no_scm = true\n")
+    with pytest.raises(InputError, match="there is no git repository here"):
+        plain.against("main")
     tree = repository.run("git", "mktree", "--missing").strip()
     empty = repository.run("git", "commit-tree", "-m", "nothing", tree).strip()
     with pytest.raises(InputError, match="no pipeline.*name a revision that has one"):
