@@ -85,14 +85,14 @@ def build_calibrate(config: dict[str, Any]) -> Callable[[], None]:
     import torch
 
     from benchmarks.shapes import random_model
-    from lib.model.calibrate import input_importance
+    from lib.model.calibrate import input_moments
 
     model = random_model(config["shape"])
     ids = torch.randint(0, model.config.vocab_size, (CALIBRATION, 128))
     lengths = torch.full((CALIBRATION,), 128)
 
     def step() -> None:
-        input_importance(model, ids, lengths)
+        input_moments(model, ids, lengths, full=False)
 
     return step
 

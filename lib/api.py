@@ -143,20 +143,21 @@ def quantize(
     """A quantized copy of ``teacher``, untrained; the teacher stays as it is.
 
     Args:
-        cache: folder of :func:`make_cache`; only for ``init="importance"``, which weights the
-            start of the scales by activations on its sequences.
+        cache: folder of :func:`make_cache`; for any ``init`` but ``"maxabs"``: the others look at
+            activations on its sequences.
         quant: keys of section `quant` of params.yaml (lut_size, rank, group_size, scale, ...).
 
     Raises:
         ParamsError: a key or value is not possible, or a rank does not fit a layer.
         InputError: the model has no projections to quantize.
     """
-    spec = model_spec(section(Quant, quant, "quantize"))
+    wanted = section(Quant, quant, "quantize")
+    spec = model_spec(wanted)
     model = copy.deepcopy(teacher)
 
     def sequences(count: int) -> tuple[Tensor, Tensor]:
         if cache is None:
-            raise ParamsError("quantize: init 'importance' needs text; pass cache=FOLDER")
+            raise ParamsError(f"quantize: init {wanted.init!r} needs text; pass cache=FOLDER")
         reader = CacheReader(Path(cache) / "train", {"teacher": teacher_of(teacher)})
         return reader.sequences(count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,13 @@ def test_training_lowers_the_loss_and_only_moves_its_roles(
     assert same(state_of(teacher[0]), before)  # quantize copies
 
 
-def test_importance_start_needs_and_uses_the_cache(
-    teacher: tuple[PreTrainedModel, Any], cache: Path
+@pytest.mark.parametrize("init", ["importance", "gptq", "importance+gptq"])
+def test_such_a_start_needs_and_uses_the_cache(
+    teacher: tuple[PreTrainedModel, Any], cache: Path, init: str
 ) -> None:
-    with pytest.raises(ParamsError, match="pass cache=FOLDER"):
-        quantize(teacher[0], init="importance")
-    fitted = quantize(teacher[0], cache=cache, init="importance", lut_size=4)
+    with pytest.raises(ParamsError, match=f"init '{re.escape(init)}' .*pass cache=FOLDER"):
+        quantize(teacher[0], init=init)
+    fitted = quantize(teacher[0], cache=cache, init=init, lut_size=4)
     plain = quantize(teacher[0], lut_size=4)
     assert not same(state_of(fitted), state_of(plain))
 

@@ -86,10 +86,10 @@ def _bias(layer: LutLinear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
 
-def fewer_levels(layer: LutLinear, target: LinearSpec, name: str, importance: Tensor) -> LutLinear:
+def fewer_levels(layer: LutLinear, target: LinearSpec, name: str, moments: Tensor) -> LutLinear:
     """The layer's present weight quantized anew with the target's levels and rank."""
     with torch.no_grad():
-        return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, importance)
+        return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, moments)
 
 
 def _check(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
@@ -131,12 +131,13 @@ def _check_kept(name: str, layer: LutLinear, target: LinearSpec) -> None:
 
 
 def convert_model(
-    model: PreTrainedModel, spec: ModelSpec, importance: dict[str, Tensor]
+    model: PreTrainedModel, spec: ModelSpec, moments: dict[str, Tensor]
 ) -> dict[str, int]:
     """Convert every quantized layer in place.
 
     Args:
-        importance: E[x^2] per layer of the model as it is now.
+        moments: E[x^2] per layer of the model as it is now, or E[x x^T] where the spec asks for
+            error feedback.
 
     Returns:
         ``{"converted": layers with fewer levels now, "kept": layers with the same levels}``.
@@ -155,7 +156,7 @@ def convert_model(
             counts["kept"] += 1
             return keep_levels(module, target, spec.seed)
         counts["converted"] += 1
-        return fewer_levels(module, target, name, importance[name])
+        return fewer_levels(module, target, name, moments[name])
 
     replace_layers(model, layers, make, "converting layers")
     return counts

@@ -12,7 +12,7 @@ from lib.base.errors import MismatchError
 from lib.base.files import write_json
 from lib.cache.shards import CacheReader
 from lib.convert.convert import convert_by_reference_rule, convert_model
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import input_moments
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from lib.model.surgery import has_masters, quantized_layers
 from lib.objective.distillation import make_objective
@@ -69,8 +69,9 @@ def convert_stage(
     del rival
     model.to(device)  # type: ignore[arg-type]
     before = measure(model)
-    importance = input_importance(model, *train.sequences(params.calibration_sequences))
-    counts = convert_model(model, spec, importance)
+    text = train.sequences(params.calibration_sequences)
+    moments = input_moments(model, *text, full=spec.feedback)
+    counts = convert_model(model, spec, moments)
     metrics = {
         "kd_before": before,
         "kd_after": measure(model),

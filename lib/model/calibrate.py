@@ -1,5 +1,4 @@
-"""How much each input of each projection is used, E[x^2] over calibration text, and quantization
-that is weighted by it."""
+"""How the inputs of each projection are used over calibration text, and quantization by it."""
 
 from __future__ import annotations
 
@@ -18,29 +17,64 @@ from lib.quant.spec import ModelSpec
 BATCH = 8  # sequences at a time
 
 
+class _Sums:
+    """Sums over tokens of x^2, or of x x^T, of the inputs of every layer.
+
+    Layers that are given the same tensor (q, k and v; gate and up) share one sum.
+    """
+
+    def __init__(self, *, full: bool) -> None:
+        self.full = full
+        self.sums: dict[str, Tensor] = {}
+        self.owner: dict[str, str] = {}
+        self._latest: tuple[Tensor, str] | None = None
+
+    def add(self, name: str, given: Tensor, real: Tensor) -> None:
+        """Count the inputs ``given [B, L, in]`` of a layer, where ``real [B, L]``."""
+        if self._latest is not None and self._latest[0] is given:
+            self.owner[name] = self._latest[1]
+            return
+        self._latest, self.owner[name] = (given, name), name
+        x = given.detach().float()[real.to(given.device)]  # [tokens, in]
+        total = (x.T @ x).cpu() if self.full else x.square().sum(dim=0).cpu().double()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def means(self, tokens: int) -> dict[str, Tensor]:
+        """The mean for every layer, float32.
+
+        Raises:
+            NonFiniteError: one is not finite; the layer is named.
+        """
+        for name, total in self.sums.items():
+            if not total.isfinite().all():
+                raise NonFiniteError(f"an input of {name} is not finite during calibration")
+        means = {name: (total / tokens).float() for name, total in self.sums.items()}
+        return {name: means[owner] for name, owner in self.owner.items()}
+
+
 @torch.no_grad()
-def input_importance(
-    model: PreTrainedModel, input_ids: Tensor, lengths: Tensor
+def input_moments(
+    model: PreTrainedModel, input_ids: Tensor, lengths: Tensor, *, full: bool
 ) -> dict[str, Tensor]:
     """Mean squared input per projection, ``{layer name: [in]}``, float32 on the CPU.
 
     Args:
         input_ids: long ``[N, L]``, right-padded; lengths: ``[N]`` real tokens of each. Sums run
-            in float64 and in a fixed order.
+            in a fixed order.
+        full: products of different inputs too: the mean of x x^T, ``[in, in]``. Layers with the
+            same inputs get the same tensor; all are in memory at once, 4 bytes per entry.
 
     Raises:
         NonFiniteError: an activation is not finite; the layer is named.
     """
-    sums: dict[str, Tensor] = {}
+    sums = _Sums(full=full)
     device = next(model.parameters()).device
     real = torch.arange(input_ids.shape[1]) < lengths[:, None]  # [N, L]
     now = slice(0, BATCH)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().float()[real[now].to(device)]  # [tokens, in]
-            total = x.square().sum(dim=0).cpu().double()
-            sums[name] = sums[name] + total if name in sums else total
+            sums.add(name, inputs[0], real[now])
 
         return hook
 
@@ -55,10 +89,7 @@ def input_importance(
     finally:
         for handle in handles:
             handle.remove()
-    for name, total in sums.items():
-        if not total.isfinite().all():
-            raise NonFiniteError(f"an input of {name} is not finite during calibration")
-    return {name: (total / int(real.sum())).float() for name, total in sums.items()}
+    return sums.means(int(real.sum()))
 
 
 Sequences = Callable[[int], tuple[Tensor, Tensor]]
@@ -66,16 +97,17 @@ Sequences = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, sequences: Sequences) -> None:
-    """Quantize a model in place, refits weighted by its activations if the spec asks for them.
+    """Quantize a model in place, by its activations if the spec asks for refits or error feedback.
 
     Args:
         sequences: asked for ``spec.calibration_sequences``, unless that is 0.
 
     Raises:
-        NonFiniteError: see :func:`input_importance`.
+        NonFiniteError: see :func:`input_moments`.
         InputError, ParamsError: see :func:`lib.model.surgery.quantize_model`.
     """
-    importance = None
+    moments = None
     if spec.calibration_sequences:
-        importance = input_importance(model, *sequences(spec.calibration_sequences))
-    quantize_model(model, spec, importance)
+        found = sequences(spec.calibration_sequences)
+        moments = input_moments(model, *found, full=spec.feedback)
+    quantize_model(model, spec, moments)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.base.errors import MismatchError
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
+from lib.quant.gptq import gptq_indices
 from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit
 from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
@@ -201,12 +202,15 @@ class LutLinear(nn.Module):
         bias: Tensor | None,
         spec: LinearSpec,
         name: str,
-        importance: Tensor | None = None,
+        moments: Tensor | None = None,
     ) -> LutLinear:
-        """Quantize a weight ``[out, in]``: max-abs scales, codebook, refits if the spec says so.
+        """Quantize a weight ``[out, in]``: max-abs scales, codebook, refits and error feedback if
+        the spec says so. Where feedback chose another level than the nearest one, the master is
+        moved into that level's cell.
 
         Args:
-            importance: E[x^2] of each input ``[in]``; needed where ``spec.refit_steps`` > 0.
+            moments: E[x^2] of each input ``[in]``, needed where ``spec.refit_steps`` > 0; or,
+                needed for ``spec.feedback``, all of E[x x^T] ``[in, in]``.
 
         Raises:
             ParamsError: the rank does not fit the layer, which is named.
@@ -215,17 +219,24 @@ class LutLinear(nn.Module):
         spec.check_shape(out_features, in_features, name)
         weight = weight.detach().float().clone()
         lut = make_codebook(spec.codebook, spec.lut_size).to(weight.device)
-        used = torch.ones_like(weight[0]) if importance is None else importance.to(weight.device)
+        used = torch.ones_like(weight[0])
+        if moments is not None:
+            moments = moments.to(weight.device)
+            used = moments if moments.dim() == 1 else moments.diagonal()
         a, b = initial_factors(weight, spec, float(lut.abs().max()))
         if spec.codebook is Codebook.KMEANS:
             lut = fit_codebook(weight, a, b, spec.lut_size, used)
         if spec.refit_steps:
-            if importance is None:
-                raise ValueError(f"{name}: refitting needs the importance of its inputs")
+            if moments is None:
+                raise ValueError(f"{name}: refitting needs the moments of its inputs")
             a, b = refit(weight, a, b, lut, used, spec)
         indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         layer = cls(spec, make_scale(spec.scale, a, b), lut, indices, weight, bias)
         layer.refresh_indices()
+        if spec.feedback:
+            if moments is None or moments.dim() != 2:
+                raise ValueError(f"{name}: error feedback needs the second moments of its inputs")
+            layer.feed_back(moments)
         return layer
 
     def extra_repr(self) -> str:
@@ -301,6 +312,23 @@ class LutLinear(nn.Module):
     def refresh_indices(self) -> None:
         """Store the nearest indices."""
         self.indices.copy_(self.nearest_indices())
+
+    @torch.no_grad()
+    def feed_back(self, moments: Tensor) -> None:
+        """Choose the indices by error feedback under the present scales; the masters move along.
+
+        Args:
+            moments: E[x x^T] of the inputs ``[in, in]``.
+
+        Raises:
+            MismatchError: the layer is snapped and has no master weight.
+        """
+        if self.weight is None:
+            raise MismatchError("a snapped layer has no master weight to quantize again")
+        a, b = self.factors()
+        found = gptq_indices(self.weight, a @ b, self.levels(), moments, affine=self.affine)
+        self.indices.copy_(found)
+        self.rebase_weight()
 
     @torch.no_grad()
     def rebase_weight(self, margin: float = 0.0) -> None:

@@ -105,7 +105,7 @@ def replace_layers(
 
 
 def quantize_model(
-    model: nn.Module, spec: ModelSpec, importance: dict[str, Tensor] | None = None
+    model: nn.Module, spec: ModelSpec, moments: dict[str, Tensor] | None = None
 ) -> None:
     """Replace the decoder's projections by :class:`LutLinear` layers, in place.
 
@@ -113,8 +113,8 @@ def quantize_model(
     too, once: the whole model is then what the device will hold.
 
     Args:
-        importance: E[x^2] per layer (:func:`lib.model.calibrate.input_importance`), where the
-            spec asks for refits.
+        moments: E[x^2] or E[x x^T] per layer (:func:`lib.model.calibrate.input_moments`), where
+            the spec asks for refits or error feedback.
 
     Raises:
         InputError: the model has no projections to quantize, or a value exceeds FP16.
@@ -134,7 +134,7 @@ def quantize_model(
     def make(name: str, module: nn.Module) -> nn.Module:
         linear_spec = spec_for(name, spec)
         assert linear_spec is not None and isinstance(module, nn.Linear)
-        used = None if importance is None else importance[name]
+        used = None if moments is None else moments[name]
         return LutLinear.from_weight(module.weight, module.bias, linear_spec, name, used)
 
     replace_layers(model, targets, make, "quantizing layers")

@@ -6,9 +6,16 @@ from lib.params.training import Convert, Quant
 from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
 
 
+def _refits(section: Quant | Convert) -> int:
+    return section.refit_steps if "importance" in section.init.split("+") else 0
+
+
+def _feedback(section: Quant | Convert) -> bool:
+    return "gptq" in section.init.split("+")
+
+
 def model_spec(quant: Quant) -> ModelSpec:
     """Specs of MLP and attention layers; an attention value of 0 means "the same as the MLPs"."""
-    refits = quant.refit_steps if quant.init == "importance" else 0
     mlp = LinearSpec(
         lut_size=quant.lut_size,
         rank=quant.rank,
@@ -17,7 +24,8 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=Codebook(quant.codebook),
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=refits,
+        refit_steps=_refits(quant),
+        feedback=_feedback(quant),
     )
     attention = LinearSpec(
         lut_size=quant.attention_lut_size or quant.lut_size,
@@ -27,12 +35,13 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=mlp.codebook,
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=refits,
+        refit_steps=_refits(quant),
+        feedback=_feedback(quant),
     )
     return ModelSpec(
         mlp=mlp,
         attention=attention if quant.attention else None,
-        calibration_sequences=quant.calibration_sequences if refits else 0,
+        calibration_sequences=0 if quant.init == "maxabs" else quant.calibration_sequences,
         seed=quant.seed,
     )
 
@@ -47,7 +56,8 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=Codebook(convert.codebook),
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=convert.refit_steps,
+        refit_steps=_refits(convert),
+        feedback=_feedback(convert),
     )
     attention = LinearSpec(
         lut_size=convert.attention_lut_size or convert.lut_size,
@@ -57,7 +67,8 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=mlp.codebook,
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=convert.refit_steps,
+        refit_steps=_refits(convert),
+        feedback=_feedback(convert),
     )
     return ModelSpec(
         mlp=mlp,

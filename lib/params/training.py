@@ -21,6 +21,7 @@ from lib.params.base import (
 )
 
 Range = Annotated[float, Field(gt=0, le=1)]
+Init = Literal["maxabs", "importance", "gptq", "importance+gptq"]
 
 
 class Quant(Section):
@@ -48,14 +49,16 @@ class Quant(Section):
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the LUT values come from: linspace(-1, 1), half-integer levels, k-means on W / S, or
     trained (needs a `rates.lut` above 0 in some training stage to move)."""
-    init: Literal["maxabs", "importance"] = "maxabs"
-    """How S starts. `maxabs`: truncated SVD of the groups' max-abs (the reference). `importance`:
-    from there, indices and scales are refitted in turn to the weight, each input weighted by how
-    much it is used (E[x^2] over calibration text)."""
+    init: Init = "maxabs"
+    """How S and the indices start. `maxabs`: S from a truncated SVD of the groups' max-abs, nearest
+    levels (the reference). `importance`: from there, indices and scales are refitted in turn to the
+    weight, each input weighted by how much it is used (E[x^2] over calibration text). `gptq`:
+    indices by error feedback (GPTQ) under that S. `importance+gptq`: one after the other."""
     refit_steps: Count = 5
-    """`importance` only: alternating refits per layer."""
+    """With `importance` only: alternating refits per layer."""
     calibration_sequences: Count = 32
-    """`importance` only: training sequences that E[x^2] is measured on."""
+    """Not for `maxabs`: training sequences that E[x^2] (`gptq`: E[x x^T], a matrix per layer in
+    memory) is measured on."""
     range: Range = 1.0
     """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Of
     `channel` scales the start of the clip factor, of an output's max-abs."""
@@ -265,10 +268,12 @@ class Convert(Section):
     were before."""
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the new LUT values come from."""
-    refit_steps: CountOrZero = 5
-    """Alternating refits of indices and scales per layer, weighted by E[x^2]; 0 = none."""
+    init: Init = "importance"
+    """How the new scales and indices start, as `quant.init`, measured on the model as it comes."""
+    refit_steps: Count = 5
+    """With `importance` only: alternating refits of indices and scales per layer."""
     calibration_sequences: Count = 32
-    """Training sequences that E[x^2] is measured on."""
+    """Training sequences that E[x^2] (`gptq`: E[x x^T]) is measured on."""
     eval_sequences: Count = 64
     """Val sequences on which the KD loss before and after is measured."""
     seed: Seed = 0

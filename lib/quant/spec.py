@@ -52,6 +52,7 @@ class LinearSpec:
         ste_fp16: LUT and scales are rounded to FP16 in the forward pass.
         refit_steps: importance-weighted refits of indices and factors after the max-abs start
             (:mod:`lib.quant.refit`); 0 = none.
+        feedback: indices are found by error feedback (:mod:`lib.quant.gptq`) instead of one by one.
     """
 
     lut_size: int
@@ -62,6 +63,7 @@ class LinearSpec:
     range: float = 1.0
     ste_fp16: bool = True
     refit_steps: int = 0
+    feedback: bool = False
 
     @property
     def bits(self) -> int:
@@ -114,5 +116,11 @@ class ModelSpec:
     mlp: LinearSpec
     attention: LinearSpec | None
     calibration_sequences: int = 0
-    """Training sequences whose activations weight the refits; 0 where nothing is refitted."""
+    """Training sequences whose activations weight the refits and steer the error feedback; 0 where
+    neither is wanted."""
     seed: int = 0
+
+    @property
+    def feedback(self) -> bool:
+        """Whether a layer is quantized by error feedback: that needs E[x x^T], not only E[x^2]."""
+        return self.mlp.feedback or (self.attention is not None and self.attention.feedback)

@@ -99,3 +99,13 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="made with teacher tiny, but t is in use"):
         convert(place, tmp_path / "m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_error_feedback_loses_less(place: Path, tmp_path: Path) -> None:
+    plain = PARAMS.model_copy(update={"init": "maxabs"})
+    fed = PARAMS.model_copy(update={"init": "gptq"})
+    kd = [
+        convert(place, place / "trained", tmp_path / name, params)["kd_after"]
+        for name, params in (("plain", plain), ("fed", fed))
+    ]
+    assert kd[1] < kd[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.evaluate.untrained import load_untrained
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import input_moments
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.model.tiny import VOCABULARY, random_teacher
@@ -54,7 +54,7 @@ def test_is_the_quantized_teacher(
         tokens = TokenSet(train)
         rows = torch.from_numpy(np.array(tokens.input_ids[:calibration], dtype=np.int64))
         lengths = torch.from_numpy(np.array(tokens.lengths[:calibration]))
-        importance = input_importance(expected, rows, lengths)
+        importance = input_moments(expected, rows, lengths, full=False)
     quantize_model(expected, spec, importance)
     wanted = quantized_layers(expected)
     for name, layer in quantized_layers(load_untrained(teacher, train, spec)).items():

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lib.base.errors import NonFiniteError
 from lib.model import calibrate
-from lib.model.calibrate import input_importance
-from lib.model.surgery import projections
-from tests.tiny_models import quantized, random_rows, tiny_model
+from lib.model.calibrate import input_moments, quantize_calibrated
+from lib.model.linear import LutLinear
+from lib.model.surgery import projections, quantized_layers
+from lib.quant.spec import ModelSpec
+from tests.tiny_models import linear_spec, quantized, random_rows, tiny_model
 
 ROWS = random_rows(11, "train", 3)
 IDS, LENGTHS = torch.from_numpy(ROWS.input_ids).long(), torch.from_numpy(ROWS.lengths)
@@ -20,7 +22,7 @@ IDS, LENGTHS = torch.from_numpy(ROWS.input_ids).long(), torch.from_numpy(ROWS.le
 def test_mean_square_over_real_tokens(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "BATCH", batch)
     model = tiny_model()
-    found = input_importance(model, IDS, LENGTHS)
+    found = input_moments(model, IDS, LENGTHS, full=False)
     assert found.keys() == projections(model).keys()
     inputs: list[Tensor] = []
     down = model.get_submodule("model.layers.1.mlp.down_proj")
@@ -35,14 +37,14 @@ def test_mean_square_over_real_tokens(batch: int, monkeypatch: pytest.MonkeyPatc
 def test_what_the_padding_holds_does_not_matter() -> None:
     other = IDS.clone()
     other[torch.arange(IDS.shape[1]) >= LENGTHS[:, None]] = 5
-    one, two = (input_importance(tiny_model(), ids, LENGTHS) for ids in (IDS, other))
+    one, two = (input_moments(tiny_model(), ids, LENGTHS, full=False) for ids in (IDS, other))
     assert not torch.equal(IDS, other)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_quantized_models_too_and_no_hook_is_left() -> None:
     model = quantized()
-    importance = input_importance(model, IDS, LENGTHS)
+    importance = input_moments(model, IDS, LENGTHS, full=False)
     assert all((value > 0).any() and value.isfinite().all() for value in importance.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -52,5 +54,45 @@ def test_a_layer_whose_input_is_not_finite_is_named() -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.down_proj"):
-        input_importance(model, IDS, LENGTHS)
+        input_moments(model, IDS, LENGTHS, full=False)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_all_products_over_real_tokens(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "BATCH", batch)
+    model = tiny_model()
+    found = input_moments(model, IDS, LENGTHS, full=True)
+    assert found.keys() == projections(model).keys()
+    inputs: dict[str, list[Tensor]] = {}
+    for name, module in projections(model).items():
+        inputs[name] = []
+        module.register_forward_pre_hook(lambda _, args, n=name: inputs[n].append(args[0]))
+    with torch.no_grad():
+        for ids, length in zip(IDS, LENGTHS, strict=True):
+            model(input_ids=ids[None, :length])
+    for name, seen in inputs.items():
+        x = torch.cat([part[0] for part in seen])
+        assert torch.allclose(found[name], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_the_same_input_share_their_moments() -> None:
+    found = input_moments(tiny_model(), IDS, LENGTHS, full=True)
+    attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
+    assert found[attention + "q_proj"] is found[attention + "v_proj"]
+    assert found[mlp + "gate_proj"] is found[mlp + "up_proj"]
+    others = [attention + "q_proj", attention + "o_proj", mlp + "gate_proj", mlp + "down_proj"]
+    assert len({id(found[name]) for name in [*others, "model.layers.0.self_attn.q_proj"]}) == 5
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_error_feedback_is_given_what_it_needs(feedback: bool) -> None:
+    linear = linear_spec(lut_size=4, feedback=feedback)
+    spec = ModelSpec(mlp=linear, attention=None, calibration_sequences=4)
+    model, teacher = tiny_model(), tiny_model()
+    quantize_calibrated(model, spec, lambda count: (IDS[:count], LENGTHS[:count]))
+    moments = input_moments(teacher, IDS[:4], LENGTHS[:4], full=True)
+    for name, layer in quantized_layers(model).items():
+        weight = teacher.get_submodule(name).weight
+        alone = LutLinear.from_weight(weight, None, linear, name, moments[name])
+        assert torch.equal(layer.indices, alone.indices)

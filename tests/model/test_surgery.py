@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.base.errors import InputError, ParamsError
-from lib.model.calibrate import input_importance
+from lib.model.calibrate import input_moments
 from lib.model.linear import LutLinear, ParameterRole
 from lib.model.surgery import (
     bake,
@@ -114,8 +114,11 @@ def test_refusals() -> None:
 
 def test_importance_reaches_its_layer() -> None:
     rows = random_rows(8, "train", 0)
-    importance = input_importance(
-        tiny_model(), torch.from_numpy(rows.input_ids).long(), torch.from_numpy(rows.lengths)
+    importance = input_moments(
+        tiny_model(),
+        torch.from_numpy(rows.input_ids).long(),
+        torch.from_numpy(rows.lengths),
+        full=False,
     )
     model, spec = tiny_model(), linear_spec(lut_size=4, refit_steps=2)
     quantize_model(model, ModelSpec(mlp=spec, attention=spec), importance)

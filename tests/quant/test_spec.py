@@ -22,6 +22,7 @@ SPECS = st.builds(
     range=st.floats(0.1, 1.0),
     ste_fp16=st.booleans(),
     refit_steps=st.integers(0, 9),
+    feedback=st.booleans(),
 )
 
 

@@ -1,0 +1,36 @@
+"""From sections to descriptions: what each start asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lib.params.specs import model_spec, target_spec
+from lib.params.training import Convert, Quant
+
+STARTS = [
+    # init, refits, error feedback
+    ("maxabs", 0, False),
+    ("importance", 3, False),
+    ("gptq", 0, True),
+    ("importance+gptq", 3, True),
+]
+
+
+@pytest.mark.parametrize(("init", "refits", "feedback"), STARTS)
+def test_starts(init: Any, refits: int, feedback: bool) -> None:
+    quant = Quant(init=init, refit_steps=3, calibration_sequences=7, attention_lut_size=8)
+    convert = Convert(init=init, refit_steps=3)
+    for spec in (model_spec(quant), target_spec(convert, ste_fp16=True)):
+        assert spec.attention is not None
+        assert {spec.mlp.refit_steps, spec.attention.refit_steps} == {refits}
+        assert spec.feedback is spec.mlp.feedback is spec.attention.feedback is feedback
+    assert model_spec(quant).calibration_sequences == (0 if init == "maxabs" else 7)
+
+
+def test_attention_takes_its_own_sizes_or_those_of_the_mlps() -> None:
+    spec = model_spec(Quant(lut_size=16, rank=4, attention_lut_size=8))
+    assert spec.attention is not None
+    assert (spec.attention.lut_size, spec.attention.rank) == (8, 4)
+    assert model_spec(Quant(attention=False)).attention is None

@@ -1,0 +1,113 @@
+"""Error feedback against optimal brain surgery that inverts anew for every input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.quant import gptq
+from lib.quant.codebook import assign, make_codebook, safe_ratio
+from lib.quant.gptq import DAMPING, gptq_indices, output_error
+from lib.quant.spec import Codebook
+from lib.quant.ste import lookup
+
+
+def _inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
+    """Correlated inputs ``[tokens, in]`` of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    size = torch.rand(columns, generator=generator) * 3 + 0.1
+    return torch.randn(tokens, columns, generator=generator) @ mix * size
+
+
+def _problem(out: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """W, S and H."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    weight = torch.randn(out, columns, generator=generator)
+    scale = torch.rand(out, columns, generator=generator) + 1.0
+    x = _inputs(4 * columns, columns, seed)
+    return weight, scale, x.T @ x / len(x)
+
+
+def _nearest(weight: Tensor, scale: Tensor, lut: Tensor) -> Tensor:
+    return assign(safe_ratio(weight, scale), lut, affine=True)
+
+
+def _slow(weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor) -> Tensor:
+    """Quantize the inputs by falling H_jj; after each, the free ones minimize the output error of
+    what it missed: a least-squares problem that is solved as such."""
+    damped = moments.double().clone()
+    damped += torch.eye(len(damped), dtype=torch.float64) * DAMPING * damped.diagonal().mean()
+    free = sorted(range(len(damped)), key=lambda j: -float(moments[j, j]))
+    work, indices = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.uint8)
+    while free:
+        j = free.pop(0)
+        for row in range(len(work)):
+            ratios = float(work[row, j] / scale[row, j]) - lut.double()
+            indices[row, j] = int(ratios.abs().argmin())
+            missed = work[row, j] - lut[int(indices[row, j])].double() * scale[row, j].double()
+            if free:  # minimize (d, missed) H (d, missed)^T over the correction d
+                rest = damped[free][:, free]
+                work[row, free] += torch.linalg.solve(rest, damped[free, j]) * missed
+    return indices
+
+
+@pytest.mark.parametrize("block", [1, 5, 128])
+def test_is_optimal_brain_surgery(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "BLOCK", block)
+    weight, scale, moments = _problem(7, 12)
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    assert torch.equal(found, _slow(weight, scale, lut, moments))
+    assert not torch.equal(found, _nearest(weight, scale, lut))  # or feedback did nothing
+
+
+@pytest.mark.parametrize("codebook", [Codebook.UNIFORM, Codebook.BALANCED])
+@pytest.mark.parametrize("size", [4, 16])
+def test_lowers_the_output_error_and_raises_the_weights(codebook: Codebook, size: int) -> None:
+    weight, scale, moments = _problem(32, 48)
+    lut = make_codebook(codebook, size)
+    scale = scale / lut.max() * 2
+    feedback = gptq_indices(weight, scale, lut, moments, affine=True)
+    nearest = _nearest(weight, scale, lut)
+    lost = [weight - lookup(lut, indices) * scale for indices in (feedback, nearest)]
+    assert output_error(lost[0], moments) < 0.9 * output_error(lost[1], moments)
+    assert lost[0].square().sum() > lost[1].square().sum()
+
+
+def test_uncorrelated_inputs_take_the_nearest_level() -> None:
+    weight, scale, _ = _problem(8, 16)
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    moments = torch.diag(torch.rand(16) + 0.1)
+    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    assert torch.equal(found, _nearest(weight, scale, lut))
+
+
+def test_inputs_that_are_never_used_and_scales_of_zero() -> None:
+    weight, scale, moments = _problem(8, 16)
+    moments[:, 3] = moments[3] = 0
+    scale[2, 5] = 0
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    assert int(found.max()) < 4
+    assert torch.equal(found[:, 3], _nearest(weight, scale, lut)[:, 3])
+
+
+def test_fewer_samples_than_inputs() -> None:
+    weight, scale, _ = _problem(8, 32)
+    x = _inputs(5, 32)  # H has rank 5
+    moments = x.T @ x / len(x)
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    lost = [weight - lookup(lut, i) * scale for i in (found, _nearest(weight, scale, lut))]
+    assert output_error(lost[0], moments) < output_error(lost[1], moments)
+
+
+def test_output_error_is_that_of_the_outputs() -> None:
+    weight, _, _ = _problem(6, 10)
+    x = _inputs(40, 10)
+    direct = (x @ weight.T).square().sum(dim=1).mean()
+    torch.testing.assert_close(
+        torch.tensor(output_error(weight, x.T @ x / len(x))), direct, rtol=1e-5, atol=0
+    )
