@@ -193,14 +193,14 @@ def train(
         NonFiniteError: a loss or gradient became NaN or infinite; names the step and layer.
     """
     params = section(Scales, training, "train")
-    train_set, val_set, objective = training_data(model, Path(cache), params, temperature, target)
+    data = training_data(model, Path(cache), params, temperature, target)
     with tempfile.TemporaryDirectory() as temporary:
         scratch, place = Path(temporary), resolve_device(device)
-        trainer = Trainer(model, params, objective, train_set, val_set, place, scratch)
-        tokens = params.batch_size * params.grad_accum * train_set.spec.max_length
+        trainer = Trainer(model, params, data.loss, data.rows, data.val, place, scratch)
+        tokens = params.batch_size * params.grad_accum * data.cache.spec.max_length
         with reporting("train", params.steps, scratch, Run(), {}, tokens_per_step=tokens) as report:
             result = result_of(trainer.run(report).progress)
-    info = {**info_of(model), "stage": "train", "cache": train_set.fingerprint, "result": result}
+    info = {**info_of(model), "stage": "train", "cache": data.cache.fingerprint, "result": result}
     set_info(model, info)
     return result
 

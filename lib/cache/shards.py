@@ -151,10 +151,11 @@ def _shard_metadata(path: Path) -> dict[str, Any]:
 def _damage(path: Path, spec: CacheSpec, entry: ShardEntry, size: int) -> Exception:
     """The most helpful error for a shard that is not what the index says."""
     meta = _shard_metadata(path)
-    found = meta.get("spec", spec.to_json())
-    if found != spec.to_json():
-        keys = [key for key, value in spec.to_json().items() if found.get(key) != value]
-        sides = "; ".join(f"{k} {found.get(k)}, the index says {spec.to_json()[k]}" for k in keys)
+    wanted = spec.to_json()
+    found = meta.get("spec", wanted)
+    if found != wanted:
+        keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+        sides = "; ".join(f"{k} {found.get(k)}, the index says {wanted.get(k)}" for k in keys)
         return MismatchError(f"{path} belongs to another cache ({sides}); {_REMEDY}")
     if size < entry.bytes:
         return CorruptError(f"{path} is short: {size} bytes instead of {entry.bytes}; {_REMEDY}")
@@ -217,6 +218,18 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return about.st_ino, about.st_mtime_ns
 
 
+def moved_fields(batch: Any, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of a batch on another device; a copy to a GPU does not wait for it."""
+    target = torch.device(device)
+
+    def moved(value: Tensor) -> Tensor:
+        if target.type == "cuda" and value.device.type == "cpu":
+            return value.pin_memory().to(target, non_blocking=True)
+        return value.to(target)
+
+    return {f.name: moved(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+
+
 @dataclasses.dataclass(frozen=True)
 class CachedBatch:
     """Rows of a cache as tensors; B rows, P = L - 1 positions, K top candidates, R negatives.
@@ -246,15 +259,7 @@ class CachedBatch:
 
     def to(self, device: torch.device | str) -> CachedBatch:
         """The same batch on another device; a copy to a GPU does not wait for it."""
-        target = torch.device(device)
-
-        def moved(value: Tensor) -> Tensor:
-            if target.type == "cuda" and value.device.type == "cpu":
-                return value.pin_memory().to(target, non_blocking=True)
-            return value.to(target)
-
-        fields = dataclasses.fields(self)
-        return CachedBatch(**{f.name: moved(getattr(self, f.name)) for f in fields})
+        return CachedBatch(**moved_fields(self, device))
 
 
 class CacheReader:
@@ -337,7 +342,17 @@ class CacheReader:
         return torch.from_numpy(raw["input_ids"]).long(), torch.from_numpy(raw["length"])
 
     def batch(self, rows: np.ndarray) -> CachedBatch:
-        """These rows, in this order, as tensors on the CPU; raises like :meth:`gather`."""
+        """These rows, in this order, as tensors on the CPU.
+
+        Raises:
+            MismatchError: the cache holds sampled targets (:mod:`lib.cache.sampled` reads those).
+            IndexError, CorruptError: see :meth:`gather`.
+        """
+        if self.spec.targets != "topk":
+            raise MismatchError(
+                f"{self.folder} holds {self.spec.targets} targets, and candidates are wanted; set "
+                "cache.targets to topk and rerun the cache stage"
+            )
         plain = decode(self.spec, rows, self.gather(rows))
         raw = {name: torch.from_numpy(values) for name, values in plain.items()}
         targets = torch.arange(1, self.spec.max_length)

@@ -1,10 +1,12 @@
-"""What a cache of teacher outputs holds, and which negatives its rows carry.
+"""What a cache of teacher outputs holds, and what is random in its rows.
 
 Shapes: N rows (sequences) of L tokens, P = L - 1 positions that predict a next token, K top
 candidates, R negatives, n temperatures.
 
 Codec ``raw`` stores numbers as they are. Codec ``packed`` stores, per position, a record of fixed
 size (lib/cache/codec.py) and a few bits for each negative, whose ids the reader draws again.
+
+Targets ``topk`` are the likeliest tokens, targets ``sampled`` drawn ones (lib/distill/sampling.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from lib.base.files import fingerprint
 from lib.cache.layout import negative_bytes, record_bytes
 
 Codec = Literal["raw", "packed"]
+Targets = Literal["topk", "sampled"]
+_SAMPLED = ("samples", "sample_temperature", "sample_power")  # fields that `sampled` alone has
 
 
 class Kept(Protocol):
@@ -39,6 +43,14 @@ class Kept(Protocol):
     def codec(self) -> Codec: ...
     @property
     def level_bits(self) -> int: ...
+    @property
+    def targets(self) -> Targets: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def sample_temperature(self) -> float: ...
+    @property
+    def sample_power(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +58,7 @@ class CacheSpec:
     """Identity of one split's cache; two caches with equal specs are interchangeable.
 
     Raises:
-        ParamsError: the vocabulary is too small for ``top_k`` or ``negatives``.
+        ParamsError: the vocabulary is too small for what is kept, or the codec has no such targets.
     """
 
     teacher: str
@@ -73,6 +85,14 @@ class CacheSpec:
     """How the columns are stored."""
     level_bits: int = 6
     """``packed``: bits for each of the top k's probabilities."""
+    targets: Targets = "topk"
+    """Which ids are kept. What follows describes ``sampled``, which has none of the top k."""
+    samples: int = 64
+    """Ids drawn per position, each once."""
+    sample_temperature: float = 2.0
+    """Temperature T of the distribution they are drawn from."""
+    sample_power: float = 1.0
+    """Power t of its probabilities that the proposal is proportional to."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.vocab_size:
@@ -88,16 +108,32 @@ class CacheSpec:
             )
         if self.max_length < 2:
             raise ParamsError(f"tokens.max_length = {self.max_length}; a row needs at least 2")
+        if self.targets == "topk":
+            return
+        if self.codec != "raw":
+            raise ParamsError(
+                f"cache.codec = {self.codec}: sampled targets are stored as numbers; set it to "
+                "raw, or cache.targets to topk"
+            )
+        if not 1 <= self.samples <= self.vocab_size:
+            raise ParamsError(
+                f"cache.samples = {self.samples} does not fit the teacher's vocabulary of "
+                f"{self.vocab_size}; use 1 to {self.vocab_size}"
+            )
 
     @classmethod
-    def of(cls, kept: Kept, **identity: Any) -> Self:
+    def of(cls, kept: Kept, *, split: str, **identity: Any) -> Self:
         """The spec with what ``kept`` says; ``identity`` gives the other fields.
+
+        Only ``train`` is ever sampled: held-out text is judged by the top k, whatever is learned.
 
         Raises:
             ParamsError: see above.
         """
-        names = ("top_k", "negatives", "temperatures", "seed", "codec", "level_bits")
-        return cls(**{name: getattr(kept, name) for name in names}, **identity)
+        names = ["top_k", "negatives", "temperatures", "seed", "codec", "level_bits"]
+        if split == "train":
+            names += ["targets", *_SAMPLED]
+        return cls(split=split, **{name: getattr(kept, name) for name in names}, **identity)
 
     @property
     def positions(self) -> int:
@@ -110,8 +146,12 @@ class CacheSpec:
         return fingerprint(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, read back by :meth:`from_json`."""
-        return {**dataclasses.asdict(self), "temperatures": list(self.temperatures)}
+        """Plain JSON values, read back by :meth:`from_json`; without what has no meaning."""
+        values = {**dataclasses.asdict(self), "temperatures": list(self.temperatures)}
+        if self.targets == "topk":
+            for name in ("targets", *_SAMPLED):
+                del values[name]
+        return values
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> CacheSpec:
@@ -131,6 +171,15 @@ class CacheSpec:
         """Type and shape per row of every column, in file order."""
         p = self.positions
         i32, f16, f32 = np.dtype(np.int32), np.dtype(np.float16), np.dtype(np.float32)
+        if self.targets == "sampled":
+            return {
+                "input_ids": (i32, (self.max_length,)),
+                "length": (i32, ()),
+                "sample_ids": (i32, (p, self.samples)),
+                "sample_logprobs": (f16, (p, self.samples)),
+                "threshold": (f32, (p,)),
+                "top1_ids": (i32, (p,)),
+            }
         if self.codec == "packed":
             u8 = np.dtype(np.uint8)
             sizes = (self.vocab_size, self.top_k, self.temperatures, self.level_bits)
@@ -167,6 +216,13 @@ def draw_negatives(spec: CacheSpec, row: int) -> np.ndarray:
     generator = np.random.default_rng([spec.seed, zlib.crc32(spec.split.encode()), row])
     drawn = generator.choice(spec.vocab_size, size=spec.negatives, replace=False)
     return drawn.astype(np.int32)
+
+
+def draw_shifts(spec: CacheSpec, row: int) -> np.ndarray:
+    """All that is random in the sampled targets of one row: a number in [0, 1) for each of its P
+    positions, float32 ``[P]``, a function of (seed, split, row) alone."""
+    seeds = [spec.seed, zlib.crc32(spec.split.encode()), row, zlib.crc32(b"sampled")]
+    return np.random.default_rng(seeds).random(spec.positions, dtype=np.float32)
 
 
 def negative_mask(negative_ids: Tensor, topk_ids: Tensor) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import fingerprint, read_json
 from lib.cache.codec import decode
 from lib.cache.shards import INDEX, CacheIndex, check_shard, map_shard, read_index
 from lib.cache.spec import CacheSpec, draw_negatives
+from lib.distill.sampling import importance_weights
 
 _ROWS = 64  # decoded at a time
 _SHARED = ("teacher", "tokenizer", "vocab_size", "max_length", "top_k", "temperatures", "codec")
@@ -37,7 +40,8 @@ def verify(folder: Path) -> int:
 
     Checked are: the index against its digest and fingerprint, every shard's SHA-256, rows without
     gap; ids in the vocabulary and distinct, lengths, negatives as drawn, numbers finite and
-    probabilities at most 1, the likeliest first; that all splits have one teacher.
+    probabilities at most 1, the likeliest first, weights of drawn ids that sum to 1; that all
+    splits have one teacher.
 
     Raises:
         InputError: there is no cache.
@@ -91,21 +95,32 @@ def _check_split(folder: Path, index: CacheIndex) -> int:
     return row
 
 
+def _every(good: np.ndarray) -> np.ndarray:
+    """Which rows ``[B]`` are good in every place."""
+    return np.logical_and.reduce(good.reshape(len(good), -1), axis=1)
+
+
+def _known(spec: CacheSpec, ids: np.ndarray) -> tuple[str, np.ndarray]:
+    good = _every((ids >= 0) & (ids < spec.vocab_size))
+    return f"ids outside the vocabulary of {spec.vocab_size}", good
+
+
 def _faults(
     spec: CacheSpec, rows: np.ndarray, stored: dict[str, np.ndarray], file: str
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """Column, what would be wrong with it, and which of the rows ``[B]`` are good."""
-    vocabulary = f"ids outside the vocabulary of {spec.vocab_size}"
-
-    def every(good: np.ndarray) -> np.ndarray:
-        return np.logical_and.reduce(good.reshape(len(rows), -1), axis=1)
-
-    def known(ids: np.ndarray) -> np.ndarray:
-        return every((ids >= 0) & (ids < spec.vocab_size))
-
     length = stored["length"]
-    yield "input_ids", vocabulary, known(stored["input_ids"])
+    yield "input_ids", *_known(spec, stored["input_ids"])
     yield "length", f"not 1 to {spec.max_length}", (length >= 1) & (length <= spec.max_length)
+    if spec.targets == "sampled":
+        yield from _sampled_faults(spec, stored)
+    else:
+        yield from _topk_faults(spec, rows, stored, file)
+
+
+def _topk_faults(
+    spec: CacheSpec, rows: np.ndarray, stored: dict[str, np.ndarray], file: str
+) -> Iterator[tuple[str, str, np.ndarray]]:
     try:
         with np.errstate(all="ignore"):  # what is not finite is reported below
             plain = decode(spec, rows, stored)
@@ -113,12 +128,30 @@ def _faults(
         raise CorruptError(
             f"{file}: rows {rows[0]} to {rows[-1]}: a record ends too early; {_REMEDY}"
         ) from None
-    yield "topk_ids", vocabulary, known(plain["topk_ids"])
-    yield "topk_ids", "the same id twice", every(np.diff(np.sort(plain["topk_ids"], axis=2)) > 0)
+    yield "topk_ids", *_known(spec, plain["topk_ids"])
+    yield "topk_ids", "the same id twice", _every(np.diff(np.sort(plain["topk_ids"], axis=2)) > 0)
     drawn = np.stack([draw_negatives(spec, int(row)) for row in rows])
-    yield "negative_ids", "not those of seed and row", every(plain["negative_ids"] == drawn)
+    yield "negative_ids", "not those of seed and row", _every(plain["negative_ids"] == drawn)
     for name in ("topk_logprobs", "negative_logprobs", "logsumexp", "scaled_logsumexp"):
-        yield name, "not finite", every(np.isfinite(plain[name]))
+        yield name, "not finite", _every(np.isfinite(plain[name]))
     top = plain["topk_logprobs"].astype(np.float32)
-    yield "topk_logprobs", "above 0, probability 1", every(top <= 1e-5)
-    yield "topk_logprobs", "not in descending order", every(np.diff(top, axis=2) <= 0)
+    yield "topk_logprobs", "above 0, probability 1", _every(top <= 1e-5)
+    yield "topk_logprobs", "not in descending order", _every(np.diff(top, axis=2) <= 0)
+
+
+def _sampled_faults(
+    spec: CacheSpec, stored: dict[str, np.ndarray]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    for name in ("sample_ids", "top1_ids"):
+        yield name, *_known(spec, stored[name])
+    yield "sample_ids", "not in ascending order", _every(np.diff(stored["sample_ids"], axis=2) > 0)
+    for name in ("sample_logprobs", "threshold"):
+        yield name, "not finite", _every(np.isfinite(stored[name]))
+    logprobs = stored["sample_logprobs"].astype(np.float32)
+    yield "sample_logprobs", "above 0, probability 1", _every(logprobs <= 1e-5)
+    if spec.sample_power == 1:
+        pair = (torch.tensor(values) for values in (logprobs, stored["threshold"]))
+        sums = importance_weights(*pair, power=1.0).double().sum(dim=2).numpy()
+        # float16 rounds log p by 2^-11 of it at most, and the mean of -log p is at most log V
+        rounding = 1e-4 + 2**-11 * math.log(spec.vocab_size)
+        yield "threshold", "weights do not sum to 1", _every(np.abs(sums - 1) <= rounding)

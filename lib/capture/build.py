@@ -23,6 +23,7 @@ from lib.base.files import atomic_folder, read_json, write_json
 from lib.base.progress import track
 from lib.base.workers import is_main, rank, wait_for_everyone, world_size
 from lib.cache.codec import encode
+from lib.cache.sampled import SampledBatches
 from lib.cache.shards import (
     CacheReader,
     ShardEntry,
@@ -31,7 +32,8 @@ from lib.cache.shards import (
     write_index,
     write_shard,
 )
-from lib.cache.spec import CacheSpec, draw_negatives
+from lib.cache.spec import CacheSpec, draw_negatives, draw_shifts
+from lib.capture.sampled import read_sampled
 from lib.text.sequences import TokenSet
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits that exist at a time
@@ -224,21 +226,27 @@ def capture_rows(
     """
     ids = np.array(tokens.input_ids[first:stop], dtype=np.int32)
     lengths = np.array(tokens.lengths[first:stop], dtype=np.int32)
-    drawn = np.stack([draw_negatives(spec, row) for row in range(first, stop)])
+    columns = {"input_ids": ids, "length": lengths}
     device = model.device
     hidden = _hidden(model, torch.from_numpy(ids).long().to(device))[:, :-1]
-    negatives = torch.from_numpy(drawn).long().to(device)
-    negatives = negatives[:, None].expand(-1, spec.positions, -1).flatten(0, 1)
+    read = _read_logits
+    if spec.targets == "sampled":
+        read = read_sampled
+        shifts = np.concatenate([draw_shifts(spec, row) for row in range(first, stop)])
+        given = torch.from_numpy(shifts).to(device)
+    else:
+        columns["negative_ids"] = np.stack([draw_negatives(spec, n) for n in range(first, stop)])
+        shared = torch.from_numpy(columns["negative_ids"]).long().to(device)
+        given = shared[:, None].expand(-1, spec.positions, -1).flatten(0, 1)
     flat = hidden.flatten(0, 1)  # [B * P, D]
     weight = _head_weight(model)
     size = max(1, CHUNK_BYTES // (4 * spec.vocab_size))
     parts = []
     for start in range(0, len(flat), size):
         logits = flat[start : start + size] @ weight.T
-        part = _read_logits(logits.float(), negatives[start : start + size], spec)
+        part = read(logits.float(), given[start : start + size], spec)
         _check_finite(part.pop("finite"), start, first, spec)
         parts.append({name: value.cpu().numpy() for name, value in part.items()})
-    columns = {"input_ids": ids, "length": lengths, "negative_ids": drawn}
     for name in parts[0]:
         values = np.concatenate([part[name] for part in parts])
         columns[name] = values.reshape(stop - first, spec.positions, *values.shape[1:])
@@ -302,21 +310,30 @@ def cache_statistics(folder: Path) -> dict[str, Any]:
     """Figures of a finished cache: sequences, predicted tokens, size and kept probability.
 
     ``topk_mass`` is the mean, over positions that predict a real token, of the probability that
-    the teacher gives its top k.
+    the teacher gives its top k; ``sampled_mass``, of targets that were drawn, that of the ids kept,
+    at the temperature they were drawn at.
     """
     reader = CacheReader(folder)
     tokens, mass = 0, 0.0
     for start in range(0, len(reader), 64):
-        batch = reader.batch(np.arange(start, min(start + 64, len(reader))))
-        kept = batch.topk_logprobs.double().exp().sum(dim=2)
-        tokens += int(batch.mask.sum())
-        mass += float(kept[batch.mask].sum())
+        mask, logprobs = _kept(reader, np.arange(start, min(start + 64, len(reader))))
+        tokens += int(mask.sum())
+        mass += float(logprobs.double().exp().sum(dim=2)[mask].sum())
     return {
         "sequences": len(reader),
         "tokens": tokens,
         "bytes_per_token": round(reader.spec.bytes_per_token(), 1),
-        "topk_mass": round(mass / max(tokens, 1), 6),
+        f"{reader.spec.targets}_mass": round(mass / max(tokens, 1), 6),
     }
+
+
+def _kept(reader: CacheReader, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mask ``[B, P]`` and log-probabilities ``[B, P, K]`` of the ids that are kept."""
+    if reader.spec.targets == "sampled":
+        sampled = SampledBatches(reader).batch(rows)
+        return sampled.mask, sampled.logprobs
+    batch = reader.batch(rows)
+    return batch.mask, batch.topk_logprobs
 
 
 def cache_metrics(folder: Path) -> dict[str, Any]:

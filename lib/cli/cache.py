@@ -13,6 +13,10 @@ from lib.base.errors import InputError
 from lib.cli.options import Device
 
 _WIDTH = 120  # columns where stdout is no terminal
+_ONLY = {
+    "topk": ("top_k", "negatives", "temperatures"),
+    "sampled": ("samples", "sample_temperature", "sample_power"),
+}
 
 
 class Codec(StrEnum):
@@ -58,14 +62,19 @@ def _facts(folder: Path) -> dict[str, Any]:
 
     reader, figures = CacheReader(folder), cache_statistics(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    spec = reader.spec.to_json()
+    spec: dict[str, Any] = {"targets": "topk", **reader.spec.to_json()}
+    other = "sampled" if spec["targets"] == "topk" else "topk"
+    spec |= dict.fromkeys(_ONLY[other], "-")
     return {
         "rows": f"{len(reader):,}",
         "predicted tokens": f"{figures['tokens']:,}",
         "bytes per token": figures["bytes_per_token"],
         "size": f"{size / 1e6:.1f} MB",
-        "top-k mass": figures["topk_mass"],
-        **{key: spec[key] for key in ("codec", "top_k", "negatives", "temperatures")},
+        "targets": spec["targets"],
+        "top-k mass": figures.get("topk_mass", "-"),
+        "mass of the samples": figures.get("sampled_mass", "-"),
+        "codec": spec["codec"],
+        **{key: spec[key] for names in _ONLY.values() for key in names},
         "level_bits": spec["level_bits"] if spec["codec"] == "packed" else "-",
         **{key: spec[key] for key in ("max_length", "vocab_size", "seed", "split")},
         **{key: spec[key] for key in ("teacher", "tokenizer", "tokens")},

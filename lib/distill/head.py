@@ -147,6 +147,57 @@ def full_distillation(
     return FullDistillation(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def _sampled_chunk(
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    top1: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = hidden @ head.T
+    scaled = (logits / temperature).logsumexp(dim=1, keepdim=True)
+    student = logits.gather(1, ids) / temperature - scaled
+    kd = temperature**2 * (weights * (logprobs - student)).sum(dim=1)
+    total = logits.logsumexp(dim=1)
+    return (
+        kd,
+        total - logits.gather(1, labels[:, None]).squeeze(1),
+        total - logits.gather(1, top1[:, None]).squeeze(1),
+    )
+
+
+def sampled_distillation(
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    top1: Tensor,
+    temperature: float,
+) -> FullDistillation:
+    """As :func:`full_distillation`, from K ids of each position instead of the teacher's logits:
+    ``kd = T^2 sum_k w_k (log p_k - log s_k)``, s the student's softmax over the whole vocabulary.
+
+    With weights as :func:`lib.distill.sampling.importance_weights` gives them, kd and its gradient
+    are unbiased estimates of T^2 KL(teacher || student) and of its gradient.
+
+    Args:
+        hidden: ``[P, D]``; head: ``[V, D]``; ids ``[P, K]``, with the teacher's log-probabilities
+            at T and weights; labels, top1: ids ``[P]``.
+    """
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        each = (hidden.float(), ids, logprobs, weights, labels, top1)
+        for h, *targets in zip(*(value.split(CHUNK) for value in each), strict=True):
+            chunk = (h, head, *targets, temperature)
+            parts.append(checkpoint(_sampled_chunk, *chunk, use_reentrant=False))
+    return FullDistillation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
 def label_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy ``[P]`` on the labels ``[P]``, chunk by chunk, recomputed in backward."""
 

@@ -133,7 +133,7 @@ def _train_layers(
     params = section(Scales, asked.as_training(), "train_layer")
     weights = {"local_weight": asked.local_weight, "global_weight": asked.global_weight}
     layerwise = section(Layerwise, weights, "train_layer")
-    train, val, objective = training_data(model, cache, params, asked.temperature, "candidates")
+    data = training_data(model, cache, params, asked.temperature, "candidates")
 
     def full(number: int) -> nn.Module:
         if teacher is not None:
@@ -144,13 +144,13 @@ def _train_layers(
     steps, tokens = asked.max_steps * len(layers), params.batch_size * params.grad_accum
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        task = Task(model, params, objective, train, val, device, scratch)
+        task = Task(model, params, data.loss, data.rows, data.val, device, scratch)
         method = LayerwiseMethod(task, full=full, layerwise=layerwise, numbers=layers)
-        length = train.spec.max_length
+        length = data.cache.spec.max_length
         with reporting(
             "layers", steps, scratch, Run(), {}, tokens_per_step=tokens * length
         ) as report:
             result = result_of(train_by_block(method, scratch, report))
     model.cpu()
-    set_info(model, {**info_of(model), "stage": "train_layer", "cache": train.fingerprint})
+    set_info(model, {**info_of(model), "stage": "train_layer", "cache": data.cache.fingerprint})
     return {key: result[key] for key in ("initial_kd", "final_kd", "steps")}

@@ -4,7 +4,7 @@ arguments, the data of a training."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel
@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from lib.base.errors import InputError, MismatchError, ParamsError
 from lib.cache.shards import CacheReader
 from lib.model.surgery import has_masters
-from lib.objective.distillation import Objective
+from lib.objective.lesson import CachedLoss, CachedRows
 from lib.params.base import Section
 from lib.params.training import Distill, TrainConfig
-from lib.train.run import objective_of
+from lib.train.run import lesson_of
 
 _S = TypeVar("_S", bound=Section)
 _INFO = "lutqat_info"  # attribute of a model: where it comes from, kept in its checkpoints
@@ -39,9 +39,18 @@ def teacher_of(model: PreTrainedModel) -> str:
     return str(mark)
 
 
+class TrainingData(NamedTuple):
+    """What a training learns from, and what it is judged on."""
+
+    cache: CacheReader
+    rows: CachedRows  # of the cache, as the loss takes them
+    val: CacheReader
+    loss: CachedLoss
+
+
 def training_data(
     model: PreTrainedModel, cache: Path, params: TrainConfig, temperature: float, target: str
-) -> tuple[CacheReader, CacheReader, Objective]:
+) -> TrainingData:
     """Training and held-out cache of a model's teacher, and what is learned from them."""
     distill = section(Distill, {"temperature": temperature, "target": target}, "train")
     if not has_masters(model):
@@ -51,7 +60,8 @@ def training_data(
         "vocab_size": model.config.get_text_config().vocab_size,
     }
     train_set, val_set = (CacheReader(cache / split, expect) for split in ("train", "val"))
-    return train_set, val_set, objective_of(params, distill, train_set)
+    loss, rows = lesson_of(params, distill, train_set, val_set)
+    return TrainingData(train_set, rows, val_set, loss)
 
 
 def section(kind: type[_S], values: dict[str, Any], where: str) -> _S:

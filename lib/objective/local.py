@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.blocks import decoder_blocks, part, run_part
-from lib.objective.distillation import Objective
-from lib.objective.loss import LossSums
+from lib.objective.lesson import CachedLoss, CachedRows
+from lib.objective.loss import Batch, LossSums
 
 _NORMALIZED_SHARE = 0.8  # of the local loss; the rest is the relative error, as in the reference
 _EPSILON = 1e-6  # under the root of a mean square
@@ -40,7 +39,7 @@ class TailBatch:
     """Sequences as they arrive at a block, and what the teacher says at the end of the model."""
 
     hidden: Tensor
-    cached: CachedBatch
+    cached: Batch
 
     @property
     def mask(self) -> Tensor:
@@ -55,7 +54,7 @@ class TailBatch:
 class TailBatches:
     """A teacher cache together with the hidden states in front of one block, ``[N, L, D]``."""
 
-    def __init__(self, cache: CacheReader, hidden: np.ndarray) -> None:
+    def __init__(self, cache: CachedRows, hidden: np.ndarray) -> None:
         self.cache, self.hidden = cache, hidden
 
     def __len__(self) -> int:
@@ -79,7 +78,7 @@ class LayerLoss:
     """
 
     name: ClassVar[str] = "kd"
-    objective: Objective
+    objective: CachedLoss
     block: int
     mlp: nn.Module
     local_weight: float

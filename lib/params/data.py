@@ -200,13 +200,26 @@ class Cache(Section):
     shard_sequences: Count = 64
     """Sequences per shard: the step at which a killed build resumes."""
     seed: Seed = 0
-    """Seed of the negatives."""
+    """Seed of the negatives and of sampled targets."""
     codec: Literal["raw", "packed"] = "raw"
     """`raw`: ids, log-probabilities and sums as numbers; `packed`: about a third of the bytes, with
     ids exact and probabilities rounded (docs/cache.md)."""
     level_bits: Annotated[int, Field(ge=3, le=8)] = 6
     """`packed` only: bits for each of the top-k probabilities, 3 to 8; one more divides the error
     (KL) by 4. More are used where the ids leave room."""
+    targets: Literal["topk", "sampled"] = "topk"
+    """Of the train split. `topk`: the likeliest tokens, and negatives; `sampled`: tokens drawn by
+    their probability, with weights that make the full-vocabulary loss unbiased (docs/cache.md). The
+    val split has the top k either way."""
+    samples: Annotated[int, Field(ge=8, le=1024)] = 64
+    """`sampled` only: tokens drawn per position, each once: 8 to 1024. One costs 6 bytes, as one of
+    the top k does."""
+    sample_temperature: Positive = 2.0
+    """`sampled` only: temperature of the distribution that is drawn from. Such a cache serves no
+    other: `distill.temperature` must be the same."""
+    sample_power: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`sampled` only: tokens are drawn in proportion to their probability to this power; below 1
+    more of the unlikely ones. Default: the probabilities themselves."""
 
     @field_validator("temperatures")
     @classmethod
@@ -214,6 +227,15 @@ class Cache(Section):
         if len(set(value)) != len(value):
             raise ValueError("must not repeat a temperature")
         return value
+
+    @model_validator(mode="after")
+    def _codec_of_its_targets(self) -> Self:
+        if self.targets == "sampled" and self.codec != "raw":
+            raise ValueError(
+                f"cache.codec = {self.codec}: cache.targets is sampled, which is stored as numbers "
+                "only; set it to raw, or cache.targets to topk"
+            )
+        return self
 
 
 class Run(Section):

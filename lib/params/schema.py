@@ -14,6 +14,7 @@ from lib.params.methods import Blockwise, Layerwise
 from lib.params.prox import Prox, check_prox
 from lib.params.recover import Recover
 from lib.params.sensitivity import Sensitivity
+from lib.params.targets import check_targets
 from lib.params.training import (
     Convert,
     Distill,
@@ -132,6 +133,8 @@ class Params(Section):
                 )
         check_source(self.distill, {"scales": self.scales, "weights": self.weights})
         check_source(self.distill, {"finetune": self.finetune, "finetune_q2": self.finetune_q2})
+        names = ("scales", "weights", "finetune", "finetune_q2", "recover")
+        check_targets(self.cache, self.distill, {name: getattr(self, name) for name in names})
         check_prox(self.weights, self.prox, self.quant, self.run)
         for name in ("scales", "weights", "finetune"):
             check_training(

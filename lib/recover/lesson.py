@@ -14,7 +14,7 @@ from lib.objective.live import AnswerBatches, TextBatches, TextObjective
 from lib.objective.loss import Batches, Loss
 from lib.params.recover import Recover
 from lib.params.training import Distill
-from lib.train.run import objective_of
+from lib.train.run import lesson_of, objective_of
 from lib.train.source import LiveTeacher, check_teacher, text_of
 
 
@@ -55,14 +55,15 @@ def make_lesson(
     Raises:
         MismatchError: cache, tokens, teacher and model do not belong together.
         InputError: answers are to be learned, and no row has a prompt.
+        ParamsError: a term needs candidates, and the cache has none.
     """
     val = CacheReader(folders.cache / "val", expect)
     if params.mode == "kd_cache":
         train = CacheReader(folders.cache / "train", expect)
         identity = {"train": train.fingerprint, "val": val.fingerprint}
-        loss = objective_of(params, distill, train)
+        loss, cached = lesson_of(params, distill, train, val)
         return Lesson(
-            loss=loss, train=train, val=val, identity=identity, length=train.spec.max_length
+            loss=loss, train=cached, val=val, identity=identity, length=train.spec.max_length
         )
     check_teacher(folders.teacher, expect["teacher"])
     rows = text_of(folders.tokens, folders.teacher)

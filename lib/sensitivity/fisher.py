@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError
 from lib.base.progress import track
-from lib.cache.shards import CachedBatch, CacheReader
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import Objective
+from lib.objective.loss import Batch, Batches, Loss
 from lib.quant.average import moved_average
 
 
@@ -85,7 +84,7 @@ def _squaring(model: PreTrainedModel, found: dict[str, Tensor], where: str) -> I
 
 
 def mean_squares(
-    model: PreTrainedModel, objective: Objective, batch: CachedBatch, where: str = "the batch"
+    model: PreTrainedModel, objective: Loss, batch: Batch, where: str = "the batch"
 ) -> dict[str, float]:
     """Mean over its entries of the squared gradient of each layer's W_q, in the model's order.
 
@@ -120,8 +119,8 @@ def mean_squares(
 
 def fisher_scores(
     model: PreTrainedModel,
-    objective: Objective,
-    cache: CacheReader,
+    objective: Loss,
+    cache: Batches,
     batches: list[np.ndarray],
     beta: float,
     device: torch.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -11,6 +12,7 @@ from lib.cache.shards import CacheReader
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantized_layers
 from lib.objective.distillation import make_objective
+from lib.objective.lesson import cached_lesson
 from lib.objective.loss import held_out_loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
@@ -69,15 +71,18 @@ def _measured(
     """Scores by the method `fisher` or `perturbation`; ``mark`` is the teacher's fingerprint."""
     device = resolve_device(run.device)
     expect = {"teacher": mark, "vocab_size": quantized.config.vocab_size}
-    reader = CacheReader(cache / ("train" if params.method == "fisher" else "val"), expect)
-    objective = make_objective(reader, temperature=distill.temperature, target=distill.target)
+    terms: Any = {"temperature": distill.temperature, "target": distill.target}
+    val = CacheReader(cache / "val", expect)
     quantized.to(device)  # type: ignore[arg-type]
     if params.method == "fisher":
-        rows = drawn_rows(len(reader), params.batches, params.batch_size, params.seed)
-        return fisher_scores(quantized, objective, reader, rows, params.beta, device)
+        objective, cached = cached_lesson(CacheReader(cache / "train", expect), val, **terms)
+        rows = drawn_rows(len(cached), params.batches, params.batch_size, params.seed)
+        return fisher_scores(quantized, objective, cached, rows, params.beta, device)
+
+    judge = make_objective(val, **terms)
 
     def measure(model: PreTrainedModel) -> float:
-        return held_out_loss(model, objective, reader, params.sequences, device)
+        return held_out_loss(model, judge, val, params.sequences, device)
 
     model = load_causal_lm(teacher)
     model.to(device)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from lib.cache.shards import CacheReader
 from lib.model.blocks import block_prefix, decoder_blocks, part, run_part
 from lib.model.linear import LutLinear
 from lib.model.surgery import quantized_layers
-from lib.objective.distillation import Objective
+from lib.objective.lesson import CachedLoss, CachedRows
 from lib.objective.loss import EVAL_BATCH
 from lib.params.training import TrainConfig
 from lib.train.activations import on
@@ -42,8 +42,8 @@ class Task:
 
     model: PreTrainedModel
     params: TrainConfig
-    objective: Objective
-    train: CacheReader
+    objective: CachedLoss
+    train: CachedRows
     val: CacheReader
     device: torch.device
     scratch: Path
@@ -118,7 +118,7 @@ def trainables_of(model: PreTrainedModel, params: TrainConfig, block: int) -> li
 @torch.no_grad()
 def held_out_kd(
     model: PreTrainedModel,
-    objective: Objective,
+    objective: CachedLoss,
     val: CacheReader,
     sequences: int,
     device: torch.device,

@@ -20,6 +20,7 @@ from lib.cache.shards import CacheReader
 from lib.model.checkpoint import load_checkpoint, read_config
 from lib.model.surgery import has_masters
 from lib.objective.distillation import Objective, make_objective
+from lib.objective.lesson import CachedLoss, CachedRows, cached_lesson
 from lib.objective.loss import Batches, Loss
 from lib.objective.start import quantized_teacher
 from lib.params.data import Run
@@ -87,6 +88,25 @@ def objective_of(params: LoopConfig, distill: Distill, cache: CacheReader) -> Ob
     )
 
 
+def lesson_of(
+    params: LoopConfig, distill: Distill, train: CacheReader, val: CacheReader
+) -> tuple[CachedLoss, CachedRows]:
+    """Loss and rows that a training section and `distill` ask for, on the cache ``train``.
+
+    Raises:
+        MismatchError, ParamsError: see :func:`lib.objective.lesson.cached_lesson`.
+    """
+    return cached_lesson(
+        train,
+        val,
+        temperature=distill.temperature,
+        target=distill.target,
+        distill_weight=params.distill_weight,
+        hard_top1_weight=params.hard_top1_weight,
+        hard_full_weight=params.hard_full_weight,
+    )
+
+
 Reporting = Callable[..., contextlib.AbstractContextManager[Report]]
 
 
@@ -104,7 +124,7 @@ def _end_to_end(
     loss: Loss = task.objective
     batches: Batches = task.train
     if live is not None:
-        loss, batches = live.load(task.params, distill, task.objective, task.device)
+        loss, batches = live.load(task.params, distill, task.objective.measured(), task.device)
     trainer = Trainer(
         task.model,
         task.params,
@@ -198,7 +218,7 @@ def train_stage(
         if way is not None:
             identity[name] = way.identity(start.teacher)
     with scratch_folder(stage, fingerprint(identity)) as scratch:
-        objective = objective_of(params, distill, train)
+        objective, rows = lesson_of(params, distill, train, val)
         report = partial(
             reporting,
             stage,
@@ -207,7 +227,7 @@ def train_stage(
             config=params.model_dump(mode="json"),
             tokens_per_step=params.batch_size * params.grad_accum * train.spec.max_length,
         )
-        task = Task(start.model, params, objective, train, val, device, scratch)
+        task = Task(start.model, params, objective, rows, val, device, scratch)
         with _naming(stage):
             if by_block is None:
                 model, progress, plain = _end_to_end(task, live, distill, run, report, penalty)

@@ -1,0 +1,86 @@
+"""Targets drawn at random: K ids of a position that stand, in the mean, for the whole vocabulary.
+
+Shapes: P positions, V vocabulary, K ids kept, p the teacher's distribution.
+
+Ids are drawn from the proposal q, proportional to p^t. Of n independent draws, as in random sampling
+knowledge distillation, an id drawn c times weighs c / n * p / q, which is p in the mean. Here the
+n draws are equally spaced (one random shift for all of them), so c is one of the two integers next
+to n q, which no other way of drawing betters in variance. An id with n q >= 1 is drawn for certain:
+it is kept once, with the mean of its weight, p. The others are drawn once, with probability n q,
+or not at all, and weigh 1 / n * p / q. So all K ids differ if n is the number (not always whole) for which
+
+    sum_v min(1, n q_v) = K,        pi_v = min(1, n q_v),        w_v = p_v / pi_v.
+
+Over the shift, sum_k w_k f(id_k) has the mean sum_v p_v f(v) for any f. With t = 1 the weights of
+every draw sum to 1 exactly. With K = V all ids are certain and w = p.
+
+Source: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (ACL
+2025): draws from a proposal, unbiased gradients. Madow, "On the theory of systematic
+sampling, II" (1949); Horvitz and Thompson, "A generalization of sampling without replacement from a
+finite universe" (1952): weights p / pi.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-300  # of p^t: where fewer than K ids have any probability, others fill the places
+
+
+class Drawn(NamedTuple):
+    """Ids ``[P, K]``, long and ascending, and log thresholds ``[P]``: of p^t, at and above which an
+    id is certain (1 / n, but for the normalization of q)."""
+
+    ids: Tensor
+    threshold: Tensor
+
+
+def draw(logprobs: Tensor, shifts: Tensor, count: int, power: float) -> Drawn:
+    """Draw ``count`` different ids for each position.
+
+    A row of the result is a function of the same row of the arguments alone. Computed in float64,
+    on the CPU where the device has none.
+
+    Args:
+        logprobs: log p, float ``[P, V]``, normalized; V is at least ``count``.
+        shifts: uniform in [0, 1), ``[P]``: all that is random.
+        power: t, above 0.
+    """
+    if logprobs.device.type == "mps":
+        logprobs, shifts = logprobs.cpu(), shifts.cpu()
+    mass = (power * logprobs.double()).exp_().clamp_(min=_LEAST)
+    threshold = _threshold(mass, count)
+    ends = mass.div_(threshold).clamp_(max=1).cumsum(dim=1)  # of stretches as long as pi
+    places = torch.arange(count, device=mass.device)
+    ids = torch.searchsorted(ends, shifts.double()[:, None] + places, right=True)
+    # a stretch of length 1 may hold two points by rounding, and the last point lie behind the end
+    ids = (ids - places).cummax(dim=1).values + places
+    ids = ids.minimum(mass.shape[1] - count + places)
+    return Drawn(ids, threshold.squeeze(1).log())
+
+
+def _threshold(mass: Tensor, count: int) -> Tensor:
+    """The number h ``[P, 1]`` for which ``sum_v min(1, mass_v / h)`` is ``count``.
+
+    With the m largest certain, h is the mass of the others over ``count - m``; m is the smallest
+    for which none of the others is above h.
+    """
+    top = mass.topk(count, dim=1)
+    rest = mass.scatter(1, top.indices, 0.0).sum(dim=1, keepdim=True)
+    left = rest + top.values.flip(1).cumsum(dim=1).flip(1)  # column m: without the m largest
+    found = left / torch.arange(count, 0, -1, device=mass.device)
+    certain = (top.values <= found).int().argmax(dim=1, keepdim=True)
+    return found.gather(1, certain)
+
+
+def importance_weights(logprobs: Tensor, threshold: Tensor, power: float) -> Tensor:
+    """w = p / pi ``[..., K]`` of ids that were drawn.
+
+    Args:
+        logprobs: log p of these ids, ``[..., K]``; threshold, power: as in :func:`draw`.
+    """
+    inclusion = (power * logprobs - threshold[..., None]).clamp(max=0)
+    return (logprobs - inclusion).exp()
