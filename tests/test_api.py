@@ -81,6 +81,19 @@ def test_such_a_start_needs_and_uses_the_cache(
     assert not same(state_of(fitted), state_of(plain))
 
 
+def test_sampled_targets(teacher: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    drawn: dict[str, Any] = {"targets": "sampled", "samples": 40, "sample_temperature": 1.5}
+    figures = make_cache(*teacher, TEXTS, folder, val_fraction=0.2, **CACHE, **drawn)
+    assert 0 < figures["sampled_mass"] < 1
+    model = quantize(teacher[0], lut_size=4, rank=2)
+    settings: dict[str, Any] = {"rates": {"scale_direction": 5e-3}, "device": "cpu"}
+    with pytest.raises(MismatchError, match=r"drawn at temperature 1.5.*is 2.0"):
+        train(model, folder, steps=1, **settings)
+    result = train(model, folder, steps=12, temperature=1.5, **settings)
+    assert result["best_kd"] < 0.9 * result["initial_kd"]
+
+
 def test_saved_is_loaded(teacher: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     tokenizer = teacher[1]
     for form, baked in (("trained", None), ("snapped", False), ("baked", True)):

@@ -23,6 +23,7 @@ from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
 from tests.capture.tiny import LENGTH, PAD, VOCAB, Rows, tiny_config, tiny_spec
 
 CPU = torch.device("cpu")
+SAMPLED = ("targets", "samples", "sample_temperature", "sample_power")
 FAMILIES: dict[str, Any] = {
     "llama": lambda: tiny_config(LlamaConfig),
     "qwen3": lambda: tiny_config(Qwen3Config, head_dim=8, tie_word_embeddings=True),
@@ -80,8 +81,11 @@ def random_rows(count: int, split: str, seed: int) -> Rows:
 def make_caches(
     folder: Path, model: PreTrainedModel | None = None, rows: int = 64, **changes: Any
 ) -> Path:
-    """``folder/train`` and ``folder/val``: what the model says about random tokens."""
+    """``folder/train`` and ``folder/val``: what the model says about random tokens; only train is
+    ever sampled."""
     for seed, split in enumerate(("train", "val")):
+        if split == "val":
+            changes = {key: value for key, value in changes.items() if key not in SAMPLED}
         build_cache(
             model or tiny_model(),
             random_rows(rows if split == "train" else 16, split, seed),  # type: ignore[arg-type]
@@ -95,11 +99,12 @@ def make_caches(
     return folder
 
 
-def make_place(folder: Path) -> Path:
+def make_place(folder: Path, **changes: Any) -> Path:
     """``folder/teacher``, the tiny model as the stage teacher leaves it, and ``folder/cache``."""
     tiny_model().save_pretrained(folder / "teacher")
     (folder / "teacher/tokenizer.json").write_text("{}")
-    make_caches(folder / "cache", teacher=folder_fingerprint(folder / "teacher"))
+    mark = folder_fingerprint(folder / "teacher")
+    make_caches(folder / "cache", teacher=mark, **changes)
     return folder
 
 

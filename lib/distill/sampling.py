@@ -82,5 +82,5 @@ def importance_weights(logprobs: Tensor, threshold: Tensor, power: float) -> Ten
     Args:
         logprobs: log p of these ids, ``[..., K]``; threshold, power: as in :func:`draw`.
     """
-    inclusion = (power * logprobs - threshold[..., None]).clamp(max=0)
-    return (logprobs - inclusion).exp()
+    # log p - min(0, t log p - h), without differences of large numbers
+    return logprobs.maximum((1 - power) * logprobs + threshold[..., None]).exp()

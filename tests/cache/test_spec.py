@@ -30,7 +30,8 @@ def test_json_round_trip_and_fingerprint() -> None:
         "codec": "packed",
         "level_bits": 5,
     }
-    assert changed.keys() == {field.name for field in dataclasses.fields(SPEC)}
+    names = [field.name for field in dataclasses.fields(SPEC)]
+    assert list(changed) == [name for name in names if not name.startswith(("sample", "targets"))]
     prints = {dataclasses.replace(SPEC, **{k: v}).fingerprint for k, v in changed.items()}
     assert len(prints | {SPEC.fingerprint}) == len(changed) + 1
 

@@ -52,6 +52,24 @@ def test_info_of_one_split(caches: Path) -> None:
     assert outcome.code == 0 and rows(outcome.out)["split"] == "val"
 
 
+def test_info_of_sampled_targets(tmp_path: Path) -> None:
+    made = make_caches(tmp_path, rows=20, targets="sampled", samples=9)
+    found = rows(lutqat("cache", "info", made / "train").out)
+    figures = cache_statistics(made / "train")
+    assert (found["targets"], found["samples"], found["sample_temperature"]) == (
+        "sampled",
+        "9",
+        "2.0",
+    )
+    assert found["mass of the samples"] == str(figures["sampled_mass"])
+    assert found["top-k mass"] == found["top_k"] == found["negatives"] == "-"
+    both = lutqat("cache", "info", tmp_path)
+    assert both.code == 0, both.err
+    assert rows(both.out)["targets"] == "sampled topk"
+    assert rows(both.out)["samples"] == "9 -" and rows(both.out)["top_k"] == "- 8"
+    assert lutqat("cache", "verify", tmp_path).out.strip().endswith("is whole: 36 rows")
+
+
 @pytest.mark.parametrize("codec", ["raw", "packed"])
 def test_verify(caches: Path, codec: str, tmp_path: Path) -> None:
     outcome = lutqat("cache", "verify", caches / codec)

@@ -12,6 +12,7 @@ import pytest
 import lib.capture.build as build
 import stages.cache
 from lib.base.errors import MismatchError, ParamsError
+from lib.cache.sampled import SampledBatches
 from lib.cache.shards import CacheReader
 from lib.model.load import folder_fingerprint, tokenizer_fingerprint
 from lib.model.teacher import bring_teacher
@@ -108,6 +109,19 @@ def test_packed_on_request(workspace: Path) -> None:
     reader = CacheReader(Path("cache/train"), {"codec": "packed", "level_bits": 4})
     assert reader.spec.columns().keys() >= {"records", "negative_levels"}
     assert reader.batch(np.arange(10)).topk_ids.shape == (10, LENGTH - 1, 32)
+
+
+def test_sampled_on_request(workspace: Path) -> None:
+    """The train split; held-out text keeps its top k, with the same bytes as without."""
+    stages.cache.main(*ARGUMENTS)
+    before = Path("cache/val/shard-00000.arrow").read_bytes()
+    write_params(negatives=8, targets="sampled", samples=20)
+    stages.cache.main(*ARGUMENTS)
+    reader = CacheReader(Path("cache/train"), {"targets": "sampled", "samples": 20})
+    assert SampledBatches(reader).batch(np.arange(10)).weights.shape == (10, LENGTH - 1, 20)
+    assert Path("cache/val/shard-00000.arrow").read_bytes() == before
+    metrics = json.loads(Path("cache/metrics.json").read_text())["cache"]
+    assert 0 < metrics["sampled_mass"] < 1 and "topk_mass" not in metrics
 
 
 def test_stage_stopped_between_its_splits_keeps_the_first(

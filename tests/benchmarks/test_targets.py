@@ -1,0 +1,41 @@
+"""The comparison of targets: as many bytes for each, and what is written of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.targets import matched, summary_of
+from benchmarks.teachers import packed_spec
+
+
+@pytest.mark.parametrize(("top_k", "negatives"), [(64, 256), (64, 0), (50, 7)])
+@pytest.mark.parametrize("length", [9, 128])
+def test_as_many_bytes_and_no_room_for_one_more(top_k: int, negatives: int, length: int) -> None:
+    sizes = {"top_k": top_k, "negatives": negatives, "max_length": length}
+    spec = packed_spec(codec="raw", **sizes)
+    found = matched(spec, 0.5)
+    assert (found.targets, found.sample_power, found.seed) == ("sampled", 0.5, spec.seed)
+    room = spec.bytes_per_token() - found.bytes_per_token()
+    assert 0 <= room < 6 * spec.positions / spec.max_length
+
+
+def test_the_recipe_s_bytes() -> None:
+    spec = packed_spec(codec="raw", negatives=256, max_length=128)
+    assert matched(spec, 1.0).samples == 150
+
+
+def test_never_more_than_the_vocabulary() -> None:
+    spec = packed_spec(codec="raw", vocab_size=97, top_k=8, negatives=89)
+    assert matched(spec, 1.0).samples <= 97
+
+
+def test_summary_pairs_equal_seeds() -> None:
+    rows = {"a": (1.0, 2.0, 9.0), "b": (0.5, 1.8, 8.9)}
+    samples = {
+        arm: [{"kl": v, "perplexity": 10 * v, "seconds": 1.0} for v in values]
+        for arm, values in rows.items()
+    }
+    found = summary_of(samples)
+    assert found["a_kl"] == 2.0 and found["b_perplexity"] == 18.0
+    assert found["b_minus_a_kl"] == pytest.approx(-0.2)
+    assert "a_minus_a_kl" not in found
