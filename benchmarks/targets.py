@@ -3,9 +3,9 @@
     python -m benchmarks.targets
 
 Needs data/teacher and data/tokens of `dvc repro`, or `--teacher` and `--tokens`, made with that
-teacher's tokenizer. Each seed has caches of its own (other negatives, other draws) and another order
-of the data, which all arms share; the number of drawn targets is as large as the bytes of the top k
-allow. Every run starts from the same quantized model, and is judged at its last step by the
+teacher's tokenizer. Each seed has caches of its own (other negatives, other draws) and another
+order of the data, which all arms share; there are as many drawn targets as the bytes of the top k
+allow. Every run starts from the same quantized model, and is judged after its last step by the
 full-vocabulary KL(teacher || model) and by perplexity, both of the test split.
 """
 
@@ -100,9 +100,7 @@ def _train(arm: str, seed: int, work: Path, options: argparse.Namespace) -> tupl
     none = {"hard_top1_weight": 0.0, "hard_full_weight": 0.0}
     params = Weights(**given, **none, rates=RATES, seed=seed)
     tail = arm == "topk_tail"
-    distill = Distill(
-        temperature=options.temperature, target="tail" if tail else "candidates"
-    )
+    distill = Distill(temperature=options.temperature, target="tail" if tail else "candidates")
     cache = work / ("sampled" if arm == "sampled" else "topk")
     start = start_from_teacher(options.teacher, cache, model_spec(Quant(**SPEC)))
     train, val = CacheReader(cache / "train"), CacheReader(work / "topk" / "val")

@@ -150,8 +150,9 @@ def _sampled_faults(
     logprobs = stored["sample_logprobs"].astype(np.float32)
     yield "sample_logprobs", "above 0, probability 1", _every(logprobs <= 1e-5)
     if spec.sample_power == 1:
-        pair = (torch.tensor(values) for values in (logprobs, stored["threshold"]))
-        sums = importance_weights(*pair, power=1.0).double().sum(dim=2).numpy()
+        threshold = torch.tensor(stored["threshold"])
+        weights = importance_weights(torch.from_numpy(logprobs), threshold, 1.0)
+        sums = weights.double().sum(dim=2).numpy()
         # float16 rounds log p by 2^-11 of it at most, and the mean of -log p is at most log V
         rounding = 1e-4 + 2**-11 * math.log(spec.vocab_size)
         yield "threshold", "weights do not sum to 1", _every(np.abs(sums - 1) <= rounding)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +230,7 @@ def capture_rows(
     columns = {"input_ids": ids, "length": lengths}
     device = model.device
     hidden = _hidden(model, torch.from_numpy(ids).long().to(device))[:, :-1]
-    read = _read_logits
+    read: Callable[[Tensor, Tensor, CacheSpec], dict[str, Tensor]] = _read_logits
     if spec.targets == "sampled":
         read = read_sampled
         shifts = np.concatenate([draw_shifts(spec, row) for row in range(first, stop)])

@@ -2,12 +2,12 @@
 
 Shapes: P positions, V vocabulary, K ids kept, p the teacher's distribution.
 
-Ids are drawn from the proposal q, proportional to p^t. Of n independent draws, as in random sampling
-knowledge distillation, an id drawn c times weighs c / n * p / q, which is p in the mean. Here the
-n draws are equally spaced (one random shift for all of them), so c is one of the two integers next
-to n q, which no other way of drawing betters in variance. An id with n q >= 1 is drawn for certain:
-it is kept once, with the mean of its weight, p. The others are drawn once, with probability n q,
-or not at all, and weigh 1 / n * p / q. So all K ids differ if n is the number (not always whole) for which
+Random sampling knowledge distillation draws n ids from a proposal q, proportional to p^t, and gives
+an id that was drawn c times the weight c / n * p / q, in the mean p. Here the n draws are equally
+spaced, with one random shift for all of them: c is then one of the two integers next to n q, and no
+other way of drawing has a smaller variance of c. An id with n q >= 1 is drawn for certain; it is
+kept once, with the mean of its weight, p. Any other is drawn once, with probability n q, or not at
+all, and weighs 1 / n * p / q. All K ids differ for the n, not always whole, of
 
     sum_v min(1, n q_v) = K,        pi_v = min(1, n q_v),        w_v = p_v / pi_v.
 
@@ -15,9 +15,9 @@ Over the shift, sum_k w_k f(id_k) has the mean sum_v p_v f(v) for any f. With t 
 every draw sum to 1 exactly. With K = V all ids are certain and w = p.
 
 Source: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (ACL
-2025): draws from a proposal, unbiased gradients. Madow, "On the theory of systematic
-sampling, II" (1949); Horvitz and Thompson, "A generalization of sampling without replacement from a
-finite universe" (1952): weights p / pi.
+2025): draws from a proposal, unbiased gradients. Madow, "On the theory of systematic sampling, II"
+(1949): equal spacing. Horvitz and Thompson, "A generalization of sampling without replacement from
+a finite universe" (1952): weights p / pi.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ def test_as_many_bytes_and_no_room_for_one_more(top_k: int, negatives: int, leng
     assert 0 <= room < 6 * spec.positions / spec.max_length
 
 
-def test_the_recipe_s_bytes() -> None:
+def test_bytes_of_the_recipe() -> None:
     spec = packed_spec(codec="raw", negatives=256, max_length=128)
-    assert matched(spec, 1.0).samples == 150
+    # 64 * 6 + 4 + 2 * 4 + 256 * 2 + 256 * 4 / 127 a position, of which 8 are no drawn id
+    assert matched(spec, 1.0).samples == 151
 
 
 def test_never_more_than_the_vocabulary() -> None:

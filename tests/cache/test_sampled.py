@@ -44,7 +44,9 @@ def columns_of(spec: CacheSpec, rows: int) -> Columns:
     }
 
 
-def write(folder: Path, spec: CacheSpec, damage: Callable[[Columns], None] | None = None) -> Columns:
+def write(
+    folder: Path, spec: CacheSpec, damage: Callable[[Columns], None] | None = None
+) -> Columns:
     """Shards of three and two rows; ``damage`` acts on the second."""
     folder.mkdir(parents=True)
     columns, entries = columns_of(spec, 5), []

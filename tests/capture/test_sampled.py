@@ -1,4 +1,4 @@
-"""Sampled targets out of the capture: what the teacher says, whatever the batches, killed or not."""
+"""Sampled targets out of the capture: what the teacher says, whatever the batches or kills."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_fisher_scores_of_every_token_are_those_of_the_full_loss(tmp_path: Path)
         assert found.keys() == wanted.keys()
         ratios[samples] = np.array([found[name] / wanted[name] for name in wanted])
     assert np.allclose(ratios[VOCAB], 1, atol=0.02)
-    assert 1.02 < np.median(ratios[8]) < 3
+    assert np.median(ratios[8]) > 1.02
 
 
 def test_perturbation_asks_held_out_text_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lib.base.errors import MismatchError, ParamsError
 from lib.params.data import Run
 from lib.params.methods import Blockwise, Layerwise
-from lib.params.training import Distill, Method
+from lib.params.training import Distill, Method, Rates
 from lib.train.method import by_block
 from lib.train.run import start_from_teacher, train_stage
 from lib.train.state import Progress
@@ -18,7 +18,7 @@ from tests.tiny_models import make_place, model_spec
 from tests.train.killing import killed_after
 from tests.train.samples import config
 
-SAMPLED: dict[str, Any] = {"targets": "sampled", "samples": 24, "sample_temperature": 2.0}
+SAMPLED: dict[str, Any] = {"targets": "sampled", "samples": 32, "sample_temperature": 2.0}
 OUTPUTS = ("model/model.safetensors", "log.csv", "metrics.json")
 
 
@@ -56,10 +56,12 @@ def stage(
 
 
 def test_they_teach_and_the_top_k_of_held_out_text_judges(places: Path, tmp_path: Path) -> None:
-    drawn = stage(places / "sampled", tmp_path / "sampled")
-    top = stage(places / "topk", tmp_path / "topk")
+    rates = Rates(scale_direction=1e-3, scale_magnitude=1e-3)
+    drawn, top = (
+        stage(places / name, tmp_path / name, steps=12, rates=rates) for name in ("sampled", "topk")
+    )
     assert drawn.initial_loss == top.initial_loss
-    assert drawn.best_loss < 0.97 * drawn.initial_loss
+    assert drawn.best_loss < 0.99 * drawn.initial_loss
     assert [row["kd_loss"] for row in drawn.rows[1:]] != [row["kd_loss"] for row in top.rows[1:]]
 
 
