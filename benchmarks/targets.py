@@ -51,7 +51,7 @@ def build(work: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     from lib.model.load import folder_fingerprint, load_causal_lm, tokenizer_fingerprint
     from lib.text.sequences import TokenSet
 
-    set_threads(0)
+    set_threads(options.threads)
     model = load_causal_lm(options.teacher)
     figures = {}
     for place in ("topk/val", "topk/train", "sampled/train"):
@@ -77,7 +77,9 @@ def build(work: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         out, scratch = work / place, work / "scratch" / place
         sizes = {"batch_size": 8, "shard_sequences": 64}
         build_cache(model, rows, spec, out, scratch, **sizes, device=torch.device("cpu"))
-        figures[place] = {**cache_statistics(out), "samples": spec.samples}
+        figures[place] = cache_statistics(out)
+        if targets == "sampled":
+            figures[place]["samples"] = spec.samples
     return {targets: figures[f"{targets}/train"] for targets in ("topk", "sampled")}
 
 
@@ -95,7 +97,7 @@ def _train(arm: str, seed: int, work: Path, options: argparse.Namespace) -> tupl
     from lib.train.run import lesson_of, start_from_teacher
     from lib.train.source import LiveTeacher
 
-    set_threads(0)
+    set_threads(options.threads)
     given = {**COMMON, "steps": options.steps, "warmup_steps": min(4, options.steps)}
     none = {"hard_top1_weight": 0.0, "hard_full_weight": 0.0}
     params = Weights(**given, **none, rates=RATES, seed=seed)
@@ -184,6 +186,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=0, help="of the train split; 0 = all")
     parser.add_argument("--kl-sequences", type=int, default=16)
     parser.add_argument("--perplexity-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
     return parser.parse_args()
 
