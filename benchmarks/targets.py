@@ -6,8 +6,8 @@ Needs data/teacher and data/tokens of `dvc repro`, or `--teacher` and `--tokens`
 teacher's tokenizer. Each seed has caches of its own (other negatives, other draws) and another
 order of the data, which all arms share; there are as many drawn targets as the bytes of the top k
 allow. Every run starts from the same quantized model, and is judged after its last step by the
-full-vocabulary KL(teacher || model) and by perplexity, both of the test split. The
-held-out KD that is written beside them is of the top k, for topk_tail with its class of the rest.
+full-vocabulary KL(teacher || model) and by perplexity, both of the test split.
+The held-out KD written beside them is that of the top k, for topk_tail with its class of the rest.
 """
 
 from __future__ import annotations
