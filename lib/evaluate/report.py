@@ -50,9 +50,9 @@ def metrics(ladder: Ladder, *, q4: str, q2: str) -> dict[str, Any]:
 
 
 def _task_metrics(rows: dict[str, Row]) -> dict[str, float | None]:
-    """acc_norm by row and task, say `q4_piqa` or `q4_package_piqa`; empty without tasks."""
+    """Accuracy by row and task, say `q4_piqa` or `q4_package_piqa`; empty without tasks."""
     return {
-        f"{short}_{task.replace(':', '_')}": finite(score.acc_norm)
+        f"{short}_{task.replace(':', '_')}": finite(score.shown[0])
         for short, row in rows.items()
         for task, score in row.tasks.items()
     }
@@ -64,6 +64,7 @@ def to_json(ladder: Ladder) -> dict[str, Any]:
     return {
         "scored_tokens": ladder.scored_tokens,
         "scored_positions": ladder.scored_positions,
+        **({"task_seed": ladder.task_seed} if ladder.rows[0].tasks else {}),
         "rows": [_row_json(row) for row in ladder.rows],
         "machine": {**ladder.machine, "peak_memory_mb": peaks},
     }
@@ -98,9 +99,9 @@ def _short(value: float | None, digits: int = 2) -> str:
 
 
 def _percent(score: Score) -> str:
-    """Normalized accuracy in per cent, with its standard error where there is one."""
-    error = "" if math.isnan(score.acc_norm_stderr) else f" +- {100 * score.acc_norm_stderr:.1f}"
-    return f"{100 * score.acc_norm:.1f}{error}"
+    """Accuracy in per cent, with its standard error where there is one."""
+    share, error = score.shown
+    return f"{100 * share:.1f}" + ("" if math.isnan(error) else f" +- {100 * error:.1f}")
 
 
 def to_markdown(ladder: Ladder) -> str:
@@ -131,9 +132,14 @@ def to_markdown(ladder: Ladder) -> str:
         "folder of a training stage also holds float32 masters.",
     ]
     if asked:
-        counted = ", ".join(f"{task} ({score.items} items)" for task, score in asked.items())
+        counted = ", ".join(
+            f"{task} ({score.items} of {score.of} items"
+            f"{'' if score.acc_norm is None else ', by length'})"
+            for task, score in asked.items()
+        )
         lines[-1] += (
-            f" Zero-shot accuracy, normalized by the length of the choices, +- standard error: "
+            " Zero-shot accuracy +- standard error, items drawn with seed "
+            f"{ladder.task_seed}, \"by length\": choices compared by log-probability per character: "
             f"{counted}."
         )
     return "\n".join(lines) + "\n"

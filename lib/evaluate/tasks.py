@@ -2,7 +2,7 @@
 
 lm-eval belongs to an extra and is loaded when tasks are asked for. It sums the log-probabilities of
 each choice behind the prompt: `acc` takes the choice of the largest sum, `acc_norm` that of the
-largest sum per character of the choice.
+largest sum per character of the choice. BoolQ and WinoGrande have `acc` alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.errors import InputError
@@ -35,17 +36,27 @@ class Score:
     """
 
     items: int
+    of: int
+    """Questions that the task has."""
     acc: float
     acc_stderr: float
-    acc_norm: float
-    acc_norm_stderr: float
+    acc_norm: float | None
+    """None, with its error, where the task is not normalized."""
+    acc_norm_stderr: float | None
+
+    @property
+    def shown(self) -> tuple[float, float]:
+        """The accuracy that the task is known by, and its standard error."""
+        if self.acc_norm is None or self.acc_norm_stderr is None:
+            return self.acc, self.acc_stderr
+        return self.acc_norm, self.acc_norm_stderr
 
 
 class TaskSuite:
     """Tasks that are loaded once and then measured on any number of models.
 
-    Nothing is drawn at random: no examples stand before an item, and a limit takes the first ones,
-    as lm-eval's own does.
+    No examples stand before an item. Where there are more items than asked for, ``seed`` draws them,
+    the same for every model: some sets are in the order of their sources.
 
     Args:
         names: tasks of `evaluate.tasks`; without any, lm-eval is not needed.
@@ -55,9 +66,13 @@ class TaskSuite:
         InputError: lm-eval is not installed, or the data of a task cannot be had.
     """
 
-    def __init__(self, names: Sequence[str], items: int) -> None:
-        self._limit = items or None
+    def __init__(self, names: Sequence[str], items: int, seed: int) -> None:
         self._tasks = _load(names) if names else {}
+        self._chosen = {name: _draw(self._size(name), items, seed) for name in self._tasks}
+
+    def _size(self, name: str) -> int:
+        (task,) = self._tasks[name]["tasks"].values()
+        return len(task.eval_docs)
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str
@@ -80,13 +95,23 @@ class TaskSuite:
         for name in track(self._tasks, len(self._tasks), f"{label}: tasks"):
             loaded = self._tasks[name]
             with _quiet():
-                found = evaluate(lm=reader, task_dict=loaded, limit=self._limit, log_samples=True)
-            (task,) = loaded["tasks"]
-            scores[name] = _score(found["results"][task], found["samples"][task])
+                (task,) = loaded["tasks"]
+                samples = {task: self._chosen[name]}
+                found = evaluate(lm=reader, task_dict=loaded, samples=samples, log_samples=True)
+            scores[name] = _score(found["results"][task], found["samples"][task], self._size(name))
         return scores
 
 
-def task_config(name: str, items: Sequence[Item]) -> dict[str, Any]:
+def _draw(size: int, items: int, seed: int) -> list[int] | None:
+    """Which of ``size`` items are asked: ``items`` of them (0 = all), ascending; None for all."""
+    if not 0 < items < size:
+        return None
+    return sorted(np.random.default_rng(seed).permutation(size)[:items].tolist())
+
+
+def task_config(
+    name: str, items: Sequence[Item], metrics: Sequence[str] = ("acc", "acc_norm")
+) -> dict[str, Any]:
     """lm-eval's description of a task made of these items.
 
     The data set is handed over in memory: one of files would be copied into the user's cache, and
@@ -109,7 +134,7 @@ def task_config(name: str, items: Sequence[Item]) -> dict[str, Any]:
         "doc_to_target": "label",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in ("acc", "acc_norm")
+            for metric in metrics
         ],
     }
 
@@ -122,7 +147,7 @@ def _load(names: Sequence[str]) -> dict[str, Any]:
     loaded = {}
     for name in names:
         if name in SETS:
-            config = task_config(name, read_set(name))
+            config = task_config(name, read_set(name), SETS[name].metrics)
             with _quiet():
                 loaded[name] = manager.load([config])
         else:
@@ -133,18 +158,22 @@ def _load(names: Sequence[str]) -> dict[str, Any]:
     return loaded
 
 
-def _score(result: dict[str, Any], samples: list[dict[str, Any]]) -> Score:
+def _score(result: dict[str, Any], samples: list[dict[str, Any]], size: int) -> Score:
     """What lm-eval found; a model of nan would otherwise seem to take the first choice always."""
     sums = [float(total) for sample in samples for total, _ in sample["filtered_resps"]]
-    if not all(math.isfinite(total) for total in sums):
-        nan = math.nan
-        return Score(items=len(samples), acc=nan, acc_stderr=nan, acc_norm=nan, acc_norm_stderr=nan)
+    known = all(math.isfinite(total) for total in sums)
+
+    def value(key: str) -> float:
+        return _number(result[f"{key},none"]) if known else math.nan
+
+    normalized = "acc_norm,none" in result
     return Score(
         items=len(samples),
-        acc=float(result["acc,none"]),
-        acc_stderr=_number(result["acc_stderr,none"]),
-        acc_norm=float(result["acc_norm,none"]),
-        acc_norm_stderr=_number(result["acc_norm_stderr,none"]),
+        of=size,
+        acc=value("acc"),
+        acc_stderr=value("acc_stderr"),
+        acc_norm=value("acc_norm") if normalized else None,
+        acc_norm_stderr=value("acc_norm_stderr") if normalized else None,
     )
 
 

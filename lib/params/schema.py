@@ -40,9 +40,12 @@ Task = Literal[
     "piqa",
     "arc_easy",
     "hellaswag",
+    "boolq",
+    "winogrande",
     "package:piqa",
     "package:openbookqa",
     "package:commonsenseqa",
+    "package:boolq",
 ]
 
 
@@ -65,9 +68,9 @@ class Evaluate(Section):
     """Multiple-choice tasks whose zero-shot accuracy every rung is measured on; they need the extra
     `tasks`. `package:` sets come out of a PyPI package, the others are lm-eval's, from the hub."""
     task_items: CountOrZero = 200
-    """At most so many items of each task, the first ones; 0 = all."""
+    """At most so many items of each task, drawn with `seed`; 0 = all."""
     seed: Seed = 0
-    """Seed of the sampling."""
+    """Seed of the sampling: of sequences, items of tasks, and generated text."""
 
     @field_validator("tasks")
     @classmethod

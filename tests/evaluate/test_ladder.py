@@ -170,9 +170,10 @@ def test_text_of_another_tokenizer_is_refused() -> None:
 class FakeSuite:
     """Stands for `TaskSuite`: a score per task that falls with the model."""
 
-    def __init__(self, names: tuple[str, ...], items: int) -> None:
+    def __init__(self, names: tuple[str, ...], items: int, seed: int) -> None:
         self.names = names
         self.items = items
+        assert seed == 0  # evaluate.seed
         self.seen: list[str] = []
 
     def measure(self, model: PreTrainedModel, tokenizer: Any, label: str) -> dict[str, Score]:
@@ -182,7 +183,12 @@ class FakeSuite:
         error = math.nan if self.items == 1 else 0.02
         return {
             name: Score(
-                items=self.items, acc=0.5, acc_stderr=0.01, acc_norm=share, acc_norm_stderr=error
+                items=self.items,
+                of=1000,
+                acc=0.25,
+                acc_stderr=0.01,
+                acc_norm=None if name == "boolq" else share,
+                acc_norm_stderr=None if name == "boolq" else error,
             )
             for name in self.names
         }
@@ -190,7 +196,7 @@ class FakeSuite:
 
 def _measure_tasks(monkeypatch: pytest.MonkeyPatch, items: int) -> Ladder:
     monkeypatch.setattr(ladder_module, "TaskSuite", FakeSuite)
-    return _measure(_rungs(), tasks=["piqa", "package:piqa"], task_items=items)
+    return _measure(_rungs(), tasks=["piqa", "package:piqa", "boolq"], task_items=items)
 
 
 def test_tasks_asked_for_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,18 +204,23 @@ def test_tasks_asked_for_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     values = metrics(ladder, q4="sixteen", q2="four")["evaluate"]
     assert [values[f"{row}_piqa"] for row in ("teacher", "q4", "q2")] == [1, 1 / 2, 1 / 3]
     assert values["q4_package_piqa"] == 1 / 2
+    assert values["q4_boolq"] == 0.25
     assert to_json(ladder)["rows"][1]["tasks"]["piqa"] == {
         "items": 50,
-        "acc": 0.5,
+        "of": 1000,
+        "acc": 0.25,
         "acc_stderr": 0.01,
         "acc_norm": 0.5,
         "acc_norm_stderr": 0.02,
     }
+    assert to_json(ladder)["rows"][1]["tasks"]["boolq"]["acc_norm"] is None
+    assert to_json(ladder)["task_seed"] == 0
     lines = to_markdown(ladder).splitlines()
-    assert lines[0].endswith("| piqa % | package:piqa % |")
-    assert lines[3].endswith("| 50.0 +- 2.0 | 50.0 +- 2.0 |")
+    assert lines[0].endswith("| piqa % | package:piqa % | boolq % |")
+    assert lines[3].endswith("| 50.0 +- 2.0 | 50.0 +- 2.0 | 25.0 +- 1.0 |")
     assert len({line.count("|") for line in lines[:5]}) == 1
-    assert "package:piqa (50 items)" in lines[-1]
+    assert "drawn with seed 0" in lines[-1]
+    assert "package:piqa (50 of 1000 items, by length), boolq (50 of 1000 items)" in lines[-1]
 
 
 @pytest.mark.skipif(
@@ -222,7 +233,7 @@ def test_lm_eval_measures_every_rung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.evaluate.tasks.read_set", lambda name: items)
     ladder = _measure(_rungs(), tasks=["package:piqa"], task_items=6)
     tokenizer = random_teacher("llama", seed=0)[1]
-    suite = TaskSuite(["package:piqa"], 6)
+    suite = TaskSuite(["package:piqa"], 6, 0)
     for row, load in zip(ladder.rows, (_teacher, lambda: _quantized(16)), strict=False):
         assert row.tasks == suite.measure(load(), tokenizer, row.name)
         assert row.tasks["package:piqa"].items == 6
@@ -230,14 +241,14 @@ def test_lm_eval_measures_every_rung(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_single_item_has_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ladder = _measure_tasks(monkeypatch, 1)
-    assert to_markdown(ladder).splitlines()[3].endswith("| 50.0 | 50.0 |")
+    assert to_markdown(ladder).splitlines()[3].endswith("| 50.0 | 50.0 | 25.0 +- 1.0 |")
     assert to_json(ladder)["rows"][1]["tasks"]["piqa"]["acc_norm_stderr"] is None
 
 
 def test_without_tasks_nothing_is_said_of_them() -> None:
     ladder = _measure(_rungs())
     assert "piqa" not in json.dumps(metrics(ladder, q4="sixteen", q2="four"))
-    assert "tasks" not in to_json(ladder)["rows"][0]
+    assert "task" not in json.dumps(to_json(ladder))
     assert "%" not in to_markdown(ladder)
     assert "Zero-shot" not in to_markdown(ladder)
 

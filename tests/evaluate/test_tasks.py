@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.base.errors import InputError
 from lib.evaluate import tasks
 from lib.evaluate.choices import SETS, Item, read_items
-from lib.evaluate.tasks import TaskSuite, task_config
+from lib.evaluate.tasks import Score, TaskSuite, task_config
 from lib.model.tiny import random_teacher
+from lib.text.documents import BOOLQ_MEMBER
 from tests.text.sources import json_lines, write_wheel
 from tests.tiny_models import same, state_of
 
@@ -114,7 +115,7 @@ def test_accuracy_is_that_of_a_slow_reference(
         len({plain.mean(), by_character.mean(), by_byte.mean()}) == 3
     )  # the items tell them apart
     write_set(monkeypatch, items)
-    score = TaskSuite([PIQA], 0).measure(*teacher, "teacher")[PIQA]
+    score = TaskSuite([PIQA], 0, 0).measure(*teacher, "teacher")[PIQA]
     assert score.items == 24
     assert score.acc == pytest.approx(plain.mean())
     assert score.acc_norm == pytest.approx(by_character.mean())
@@ -129,26 +130,34 @@ def test_the_most_probable_choice_gives_one_and_another_zero(
     items = random_items(8, same_length=True)
     best = chosen(*teacher, items, len)
     write_set(monkeypatch, relabelled(items, best))
-    right = TaskSuite([PIQA], 0).measure(*teacher, "teacher")[PIQA]
+    right = TaskSuite([PIQA], 0, 0).measure(*teacher, "teacher")[PIQA]
     write_set(monkeypatch, relabelled(items, [(label + 1) % 3 for label in best]))
-    wrong = TaskSuite([PIQA], 0).measure(*teacher, "teacher")[PIQA]
+    wrong = TaskSuite([PIQA], 0, 0).measure(*teacher, "teacher")[PIQA]
     assert (right.acc, right.acc_norm, right.acc_norm_stderr) == (1, 1, 0)
     assert (wrong.acc, wrong.acc_norm, wrong.acc_norm_stderr) == (0, 0, 0)
 
 
 @needs_lm_eval
-def test_a_limit_takes_the_first_items(
+def test_items_are_drawn_with_the_seed(
     teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = random_items(9, same_length=True)
     best = chosen(*teacher, items, len)
-    labels = [label if place < 3 else (label + 1) % 3 for place, label in enumerate(best)]
+    drawn = np.random.default_rng(4).permutation(9)[:3]
+    assert sorted(drawn) != [0, 1, 2]
+    labels = [label if place in drawn else (label + 1) % 3 for place, label in enumerate(best)]
     write_set(monkeypatch, relabelled(items, labels))
-    assert TaskSuite([PIQA], 3).measure(*teacher, "teacher")[PIQA].acc == 1
-    assert TaskSuite([PIQA], 20).measure(*teacher, "teacher")[PIQA].acc == pytest.approx(1 / 3)
-    single = TaskSuite([PIQA], 1).measure(*teacher, "teacher")[PIQA]
+
+    def score(count: int, seed: int) -> Score:
+        return TaskSuite([PIQA], count, seed).measure(*teacher, "teacher")[PIQA]
+
+    assert (score(3, 4).acc, score(3, 4).items, score(3, 4).of) == (1, 3, 9)
+    others = np.random.default_rng(5).permutation(9)[:3]
+    assert score(3, 5).acc == pytest.approx(len({*drawn} & {*others}) / 3) != 1
+    assert (score(20, 4).acc, score(20, 4).items) == (pytest.approx(1 / 3), 9)
+    single = score(1, 4)
     assert (single.items, single.acc_norm) == (1, 1)
-    assert math.isnan(single.acc_stderr) and math.isnan(single.acc_norm_stderr)
+    assert math.isnan(single.acc_stderr) and math.isnan(single.shown[1])
 
 
 @needs_lm_eval
@@ -161,7 +170,7 @@ def test_one_suite_measures_several_models_and_changes_none(
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     write_set(monkeypatch, random_items(12, same_length=False))
-    suite = TaskSuite([PIQA, "package:openbookqa"], 0)
+    suite = TaskSuite([PIQA, "package:openbookqa"], 0, 0)
     before = state_of(model)
     first = suite.measure(model, bare, "teacher")
     other = suite.measure(random_teacher("llama", seed=1)[0], bare, "other")
@@ -185,12 +194,12 @@ def test_a_model_of_nan_scores_nan(
     with torch.no_grad():
         broken.get_output_embeddings().weight[0, 0] = math.nan
     write_set(monkeypatch, random_items(4, same_length=True))
-    score = TaskSuite([PIQA], 0).measure(broken, teacher[1], "broken")[PIQA]
+    score = TaskSuite([PIQA], 0, 0).measure(broken, teacher[1], "broken")[PIQA]
     assert score.items == 4
-    assert math.isnan(score.acc) and math.isnan(score.acc_norm)
+    assert math.isnan(score.acc) and all(math.isnan(value) for value in score.shown)
 
 
-HUB_ROWS = {
+HUB_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "piqa": ("piqa", {"goal": "Keep milk cold:", "sol1": "ice ", "sol2": "fire", "label": 1}),
     "openbookqa": (
         "openbookqa",
@@ -208,7 +217,21 @@ HUB_ROWS = {
             "answerKey": "B",
         },
     ),
+    "boolq": (
+        "boolq",
+        {"question": "is milk kept cold", "passage": "Milk -- It is kept cold.", "label": 1},
+    ),
 }
+
+
+def package_row(row: dict[str, Any]) -> dict[str, str]:
+    """The row of the hub as the package has it."""
+    if "passage" in row:
+        title, _, text = row["passage"].partition(" -- ")
+        return {"question": row["question"], "title": title, "passage": text, "answer": "True"}
+    texts = row["choices"]["text"] if "choices" in row else [row["sol1"], row["sol2"]]
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDE", texts, strict=False))
+    return {"question": "Keep milk cold:", "options": options, "answer": "B. fire"}
 
 
 @needs_lm_eval
@@ -222,11 +245,9 @@ def test_prompts_are_those_of_lm_eval(
     splits = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list([row]))
     monkeypatch.setattr("datasets.load_dataset", lambda **_: splits)
     chosen_set = SETS[f"package:{name}"]
-    texts = row["choices"]["text"] if "choices" in row else [row["sol1"], row["sol2"]]
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDE", texts, strict=False))
-    line = {"question": "Keep milk cold:", "options": options, "answer": "B. fire"}
-    wheel = write_wheel(tmp_path / "x.whl", {chosen_set.member: json_lines([line])})
-    ours = task_config("ours", read_items(wheel, chosen_set))
+    members = {chosen_set.member: json_lines([package_row(row)]), BOOLQ_MEMBER: b""}
+    wheel = write_wheel(tmp_path / "x.whl", members)
+    ours = task_config("ours", read_items(wheel, chosen_set), chosen_set.metrics)
     found = manager.load([theirs, ours])["tasks"]
     for task in found.values():
         task.build_all_requests()
@@ -235,6 +256,35 @@ def test_prompts_are_those_of_lm_eval(
     labels = {key: task.doc_to_target(task.eval_docs[0]) for key, task in found.items()}
     assert labels["ours"] == 1
     assert labels[theirs] in (1, "B")
+    metrics = {key: sorted(task.aggregation()) for key, task in found.items()}
+    assert set(metrics[theirs]) <= set(metrics["ours"])
+
+
+@needs_lm_eval
+def test_winogrande_of_the_hub_has_one_accuracy(
+    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    manager: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    names = [("ab", "gh"), ("c", "hgf"), ("de", "f"), ("bb", "a"), ("gf", "ce")]
+    rows = [
+        {"sentence": f"{one} met {two}; _ left.", "option1": one, "option2": two, "answer": "2"}
+        for one, two in names
+    ]
+    splits = dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(rows))
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: splits)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    score = TaskSuite(["winogrande"], 0, 0).measure(*teacher, "teacher")["winogrande"]
+    seconds = [
+        log_probability(*teacher, f"{one} met {two}; {two}", "left.")
+        > log_probability(*teacher, f"{one} met {two}; {one}", "left.")
+        for one, two in names
+    ]
+    assert score.acc == pytest.approx(np.mean(seconds))
+    assert (score.items, score.of, score.acc_norm) == (5, 5, None)
+    assert score.shown == (score.acc, score.acc_stderr)
 
 
 @needs_lm_eval
@@ -253,7 +303,7 @@ def test_a_hub_out_of_reach_is_one_line_and_nothing_is_counted(
     monkeypatch.setattr("datasets.load_dataset", fail)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
     with pytest.raises(InputError) as caught:
-        TaskSuite(["arc_easy"], 5)
+        TaskSuite(["arc_easy"], 5, 0)
     message = str(caught.value)
     assert "arc_easy" in message and "Couldn't reach the Hub" in message and PIQA in message
     assert "\n" not in message
@@ -264,14 +314,14 @@ def test_a_hub_out_of_reach_is_one_line_and_nothing_is_counted(
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"requirements-tasks.txt, or set evaluate.tasks to \[\]"):
-        TaskSuite([PIQA], 5)
+        TaskSuite([PIQA], 5, 0)
 
 
 def test_without_tasks_nothing_is_needed(
     teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert TaskSuite([], 5).measure(*teacher, "teacher") == {}
+    assert TaskSuite([], 5, 0).measure(*teacher, "teacher") == {}
 
 
 def test_the_description_of_a_task_makes_its_data_in_memory() -> None:

@@ -172,7 +172,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"export.target": "iOS17"}, ["export.target", "'iOS16'"]),
     ({"export.context": 0}, ["export.context = 0"]),
     ({"evaluate.perplexity_stride": 2048}, ["evaluate.perplexity_stride = 2048", "1024"]),
-    ({"evaluate.tasks": ["boolq"]}, ['evaluate.tasks.0 = "boolq"', "'package:piqa'"]),
+    ({"evaluate.tasks": ["mmlu"]}, ['evaluate.tasks.0 = "mmlu"', "'package:boolq'"]),
     ({"evaluate.tasks": "piqa"}, ["evaluate.tasks", "list"]),
     ({"evaluate.tasks": ["piqa", "piqa"]}, ["evaluate.tasks", "repeat"]),
     ({"evaluate.task_items": -1}, ["evaluate.task_items = -1", "0"]),
@@ -214,7 +214,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {f"{TRAIN}.source": "package:alpaca_demo", f"{TRAIN}.format": "alpaca_chat"},
     {"cache.top_k": 32, "cache.negatives": 0},
     {"cache.top_k": 128, "cache.negatives": 1024},
-    {"evaluate.tasks": ["piqa", "package:piqa"], "evaluate.task_items": 0},
+    {"evaluate.tasks": ["winogrande", "boolq", "package:boolq"], "evaluate.task_items": 0},
     {"run.device": "cuda:1"},
 ]
 

@@ -14,7 +14,7 @@ from tests import bad_input as bad
 @pytest.mark.parametrize(
     ("task", "error", "words"),
     [
-        ("boolq", ParamsError, ['evaluate.tasks.0 = "boolq"', "package:piqa"]),
+        ("mmlu", ParamsError, ['evaluate.tasks.0 = "mmlu"', "package:piqa"]),
         ("package:piqa", InputError, ["evaluate.tasks", "pip install", "requirements-tasks.txt"]),
     ],
 )
