@@ -45,17 +45,23 @@ def save(
     samples: dict[str, Any],
     summary: dict[str, float],
     on: dict[str, Any],
+    versions: dict[str, str] | None = None,
 ) -> Path:
-    """Write the result file of benchmark ``name``; ``on`` is :func:`machine`, taken before."""
+    """Write the result file of benchmark ``name``.
+
+    Args:
+        on: :func:`machine`, taken before.
+        versions: of packages that only this benchmark uses.
+    """
     path = RESULTS / f"{name}.json"
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
     write_json(
         path,
         {
             "name": name,
             "date": datetime.date.today().isoformat(),
             "config": config,
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": {"python": platform.python_version(), **found, **(versions or {})},
             "machine": on,
             "samples": samples,
             "summary": summary,
