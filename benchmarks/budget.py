@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.base.errors import InputError
+
 
 class Clock:
     """Wall-clock seconds of a method's work.
@@ -123,10 +125,14 @@ def iterations_for(seconds: float, blocks: int, trials: tuple[Trial, Trial, Tria
     Args:
         trials: one block, two blocks, and two blocks with more iterations; the time is taken for
             ``a + blocks * (b + c * iterations)``.
+
+    Raises:
+        InputError: they do not tell what an iteration takes.
     """
     one, two, longer = trials
     each = (longer.seconds - two.seconds) / (two.blocks * (longer.iterations - two.iterations))
-    each = max(each, 1e-6)
+    if each <= 0:
+        raise InputError("more iterations took no longer in a trial run: the machine is too busy")
     block = max((two.seconds - one.seconds) / (two.blocks - one.blocks), each * one.iterations)
     once = max(one.seconds - one.blocks * block, 0.0)
     fixed = block - each * one.iterations

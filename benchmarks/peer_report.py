@@ -31,8 +31,8 @@ def family(name: str) -> str:
 
 
 def number(sample: Sample, key: str, digits: int, unit: float = 1.0) -> str:
-    """A figure, rounded, with thousands separated (large ones with three digits); what a method does
-    not have is empty."""
+    """A figure, rounded, thousands separated (large ones with three digits); empty where there is
+    none."""
     if key not in sample:
         return ""
     if sample[key] is None:
@@ -74,10 +74,10 @@ def table(samples: dict[str, Sample], config: dict[str, Any], versions: dict[str
         f"Budget of {config['budget']:.0f} s on {config['threads']} threads for what trains; the "
         "others take what they take. Perplexity over "
         f"{teacher['scored_tokens']} test tokens, KL(teacher || model) and top-1 agreement over "
-        f"{teacher['scored_positions']} positions. Bits per weight of the quantized layers, scales, "
-        "zero points and tables counted; embeddings are left alone in all rows. Seconds include the "
-        "teacher's pass over the sequences seen (cached before), and neither loading nor trial "
-        f"runs. {packages}.",
+        f"{teacher['scored_positions']} positions. Bits per weight of the quantized layers, "
+        "scales, zero points and tables counted; embeddings are left alone in all rows. Seconds "
+        "include the teacher's pass over the sequences seen (cached before), and neither loading "
+        f"nor trial runs. {packages}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,8 +4,8 @@
 
 Needs data/ of `dvc repro` (teacher, tokens, cache); the other quantizers are an extra:
 `pip install --no-deps -r requirements-peers.txt`. A method whose package is not installed, or that
-fails, is a row that says so. Every method runs in a process of its own; its dense weights are put into
-the teacher, and all are measured by the code of the stage `evaluate`, on its test text.
+fails, is a row that says so. Every method runs in a process of its own; its dense weights are put
+into the teacher, and all are measured by the code of the stage `evaluate`, on its test text.
 
 The teacher was itself dequantized from 4 bits in asymmetric groups of 32: at 4 bits such groups
 would restore it, so they have 64 here.
@@ -73,9 +73,7 @@ def _kmeans(bits: int, outputs: int, about: str) -> Method:
 
 
 def _hqq(bits: int) -> Method:
-    return Method(
-        make=quantizers.hqq, about="groups of 64", settings=_int(bits, 64), package="hqq"
-    )
+    return Method(make=quantizers.hqq, about="groups of 64", settings=_int(bits, 64), package="hqq")
 
 
 def _autoround(bits: int, group_size: int) -> Method:
@@ -221,9 +219,7 @@ def produce(method: Method | None, setting: Setting) -> dict[str, Any]:
     made = method.make(work, **method.settings)
     seconds, peak = work.clock.seconds, peak_megabytes() * 1e6
     figures = measure(setting, made)
-    return {
-        "bits": made.bits, **figures, "seconds": seconds, "peak_bytes": peak, "run": made.run
-    }
+    return {"bits": made.bits, **figures, "seconds": seconds, "peak_bytes": peak, "run": made.run}
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -285,7 +281,9 @@ def write(samples: dict[str, Sample], setting: Setting, on: dict[str, Any]) -> N
 
 def main() -> None:
     """Run the methods one after the other; results are written after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--budget", type=float, default=180.0, help="seconds, of what trains")
     parser.add_argument("--only", nargs="+", choices=["teacher", *METHODS], metavar="NAME")
     parser.add_argument("--threads", type=int, default=2)

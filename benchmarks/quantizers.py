@@ -1,7 +1,7 @@
 """The peers: each turns the teacher into dense weights that its own storage can hold.
 
-Their packages are extras (requirements-peers.txt) and are loaded when they are used. Embeddings, and
-the head that is tied to them, stay as they are in all of them.
+Their packages are extras (requirements-peers.txt) and are loaded when they are used. Embeddings,
+and the head that is tied to them, stay as they are in all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """``weight [out, in]`` on the grid of its groups of inputs, as AWQ's and GPTQ's baseline has it.
+    """``weight [out, in]`` on the grid of its groups of inputs, the baseline of AWQ and GPTQ.
 
     The grid goes from the smallest to the largest value (and 0), its scale is FP16, its zero point
     one of its integers.
@@ -75,7 +75,8 @@ def kmeans(work: Work, bits: int, outputs: int) -> Made:
     config = PostTrainingPalettizerConfig.from_dict({"global_config": settings})
     found = PostTrainingPalettizer(nn.ModuleList(layers.values()), config).compress()
     weights = {
-        name: layer.weight.detach().half().float() for name, layer in zip(layers, found, strict=True)
+        name: layer.weight.detach().half().float()
+        for name, layer in zip(layers, found, strict=True)
     }
     return _made(weights, palette(bits, outputs))
 
@@ -99,7 +100,9 @@ def autoround(work: Work, bits: int, group_size: int) -> Made:
     """AutoRound, symmetric as is its default, on the training text; as many iterations per block as
     the budget allows (its own default is 200)."""
     with work.clock.aside():
-        trials = [_trial(work, bits, group_size, *size) for size in ((1, 2), (1, 4), (2, 4), (2, 12))]
+        trials = [
+            _trial(work, bits, group_size, *size) for size in ((1, 2), (1, 4), (2, 4), (2, 12))
+        ]
     model = work.teacher()
     count = len(_blocks(model))
     iterations = iterations_for(work.left, count, (trials[1], trials[2], trials[3]))
@@ -177,7 +180,13 @@ def torchao(work: Work, bits: int, group_size: int, symmetric: bool, rate: float
         layers = {name: of.get_submodule(name) for name in sorted(names)}
         # the loop knows masters of its own layers only; these are any parameters to it
         return [
-            Trainable(f"{name}.weight", layer.weight.requires_grad_(), ParameterRole.ADAPTER, layer, "weight")
+            Trainable(
+                f"{name}.weight",
+                layer.weight.requires_grad_(),
+                ParameterRole.ADAPTER,
+                layer,
+                "weight",
+            )
             for name, layer in layers.items()
         ]
 

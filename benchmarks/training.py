@@ -185,5 +185,7 @@ def _own(work: Work, quant: Quant, sections: list[TrainConfig], distill: Distill
     run = train(work, model, list(sections), distill=distill)
     bits = model_size(model).bits_per_layer_weight
     assert bits is not None
-    weights = {name: layer.dequantized().detach() for name, layer in quantized_layers(model).items()}
+    weights = {
+        name: layer.dequantized().detach() for name, layer in quantized_layers(model).items()
+    }
     return Made(weights=weights, bits=bits, run=run)

@@ -139,7 +139,7 @@ def to_markdown(ladder: Ladder) -> str:
         )
         lines[-1] += (
             " Zero-shot accuracy +- standard error, items drawn with seed "
-            f"{ladder.task_seed}, \"by length\": choices compared by log-probability per character: "
+            f'{ladder.task_seed}, "by length": choices compared by log-probability per character: '
             f"{counted}."
         )
     return "\n".join(lines) + "\n"

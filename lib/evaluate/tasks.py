@@ -55,8 +55,8 @@ class Score:
 class TaskSuite:
     """Tasks that are loaded once and then measured on any number of models.
 
-    No examples stand before an item. Where there are more items than asked for, ``seed`` draws them,
-    the same for every model: some sets are in the order of their sources.
+    No examples stand before an item. Where there are more items than asked for, ``seed`` draws
+    them, the same for every model: some sets are in the order of their sources.
 
     Args:
         names: tasks of `evaluate.tasks`; without any, lm-eval is not needed.
