@@ -98,7 +98,7 @@ ROUNDING_BATCH = 8  # sequences per iteration: AutoRound's own
 
 def autoround(work: Work, bits: int, group_size: int) -> Made:
     """AutoRound, symmetric as is its default, on the training text; as many iterations per block as
-    the budget allows (its own default is 200)."""
+    the budget allows (its own default is 200). At 2 bits with the extension that it recommends."""
     with work.clock.aside():
         trials = [
             _trial(work, bits, group_size, *size) for size in ((1, 2), (1, 4), (2, 4), (2, 12))
@@ -141,6 +141,7 @@ def _auto_round(
         group_size=group_size,
         sym=True,
         iters=iterations,
+        enable_alg_ext=bits == 2,
         dataset=list(whole.split(ROUNDING_BATCH)),
         nsamples=len(whole),
         seqlen=ids.shape[1],
@@ -194,7 +195,7 @@ def torchao(work: Work, bits: int, group_size: int, symmetric: bool, rate: float
     run = train(work, model, [section], trainables)
     with torch.no_grad():
         weights = {}
-        for name in linear_layers(work.teacher()):
+        for name in sorted(names):
             layer = model.get_submodule(name)
             weights[name] = layer.weight_fake_quantizer(layer.weight).detach().float()
     zero_bits = 0 if symmetric else FP16
