@@ -160,9 +160,8 @@ def train(
 def staged(work: Work) -> Made:
     """The default recipe's way to 4 bits: quantize, then stages scales, weights and finetune."""
     params = load_params(work.params)
-    return _own(
-        work, params.quant, [params.scales, params.weights, params.finetune], params.distill
-    )
+    stages: list[TrainConfig] = [params.scales, params.weights, params.finetune]
+    return _own(work, params.quant, [stage for stage in stages if stage.steps], params.distill)
 
 
 def at_once(work: Work, quant: dict[str, Any], rates: dict[str, float]) -> Made:

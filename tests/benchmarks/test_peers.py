@@ -26,6 +26,8 @@ from lib.model.load import load_causal_lm
 from lib.params.schema import Evaluate
 from tests import bad_input as bad
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize(
     ("storage", "bits"),
@@ -145,7 +147,7 @@ def test_rows_that_were_trained_on_are_refused() -> None:
 
 
 def test_methods_have_packages_that_are_pinned() -> None:
-    pinned = Path("requirements-peers.txt").read_text() + Path("requirements.txt").read_text()
+    pinned = "".join((ROOT / f"requirements{x}.txt").read_text() for x in ("", "-peers"))
     needed = {method.package for method in METHODS.values()} - {None}
     assert needed == set(peers.PACKAGES)
     assert [package for package in needed if f"{package}==" not in pinned] == []
