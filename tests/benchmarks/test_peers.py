@@ -20,10 +20,14 @@ from benchmarks.peer_report import draw, table
 from benchmarks.peers import METHODS, Method, Setting, check_apart, kept, sample, write
 from benchmarks.quantizers import linear_layers, round_to_nearest, rtn
 from benchmarks.storage import Storage, bits_per_weight, integers, most_values, palette
-from benchmarks.training import at_once
+from benchmarks.training import at_once, staged
 from lib.base.errors import InputError, MismatchError
 from lib.model.load import load_causal_lm
+from lib.model.size import model_size
+from lib.model.surgery import quantize_model
+from lib.params.load import load_params
 from lib.params.schema import Evaluate
+from lib.params.specs import model_spec
 from tests import bad_input as bad
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +242,20 @@ def test_a_recipe_of_this_project_trains_within_its_budget(project: Path) -> Non
     assert found["run"]["teacher_seconds"] > 0
     # the budget is used, and what is beyond it is a rounding to whole steps and evaluations
     assert found["seconds"] > found["run"]["teacher_seconds"]
+
+
+def test_the_default_recipe_is_that_of_the_params_file(project: Path) -> None:
+    setting = setting_of(project, params=project.parent / "params.yaml")
+    found = peers.produce(Method(make=staged, about="x"), setting)
+    params = load_params(setting.params)
+    stages = [stage for stage in (params.scales, params.weights, params.finetune) if stage.steps]
+    assert [phase["steps"] >= 1 for phase in found["run"]["phases"]] == [True] * len(stages) != []
+    work = Work(data=project, params=setting.params, seconds=1)
+    model = load_causal_lm(project / "teacher")
+    plain = params.quant.model_copy(update={"init": "maxabs"})  # takes the same bits
+    quantize_model(model, model_spec(plain))
+    assert found["bits"] == model_size(model).bits_per_layer_weight
+    assert found["kl"] < peers.measure(setting, rtn(work, 2, 16))["kl"]
 
 
 TEACHER = {
