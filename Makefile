@@ -1,6 +1,7 @@
 # make setup   .venv with the pinned packages and the lutqat command
 # make repro   setup + the default experiment (dvc repro)
 # make test    setup + the whole test suite
+# make soak    setup + tests/faults in their long form (hours): kills, full disks, fuzzing
 # make lint    setup + ruff and mypy
 # make clean   remove caches of the tools (results and .venv stay)
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup repro test lint clean
+.PHONY: setup repro test soak lint clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,9 @@ repro: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+soak: setup
+	LUTQAT_SOAK=1 $(BIN)/python -m pytest tests/faults
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,15 +60,45 @@ class BusyError(LutqatError):
 
 
 DISK_FULL_EXIT_CODE = 9
+MACHINE_EXIT_CODE = 11
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TROUBLES = {
+    errno.ENOSPC: ("no space left on the disk", "free some space"),
+    errno.EDQUOT: ("no space left on the disk for this user (quota)", "free some space"),
+    errno.EFBIG: (
+        "no space left in a file: the file system or `ulimit -f` allows no larger one",
+        "use another file system or limit",
+    ),
+    errno.EIO: ("the disk gave an input/output error", "check the disk and its connection"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("permission denied", "see who owns it"),
+    errno.EPERM: ("operation not permitted", "see who owns it"),
+    errno.EMFILE: ("too many open files", "raise `ulimit -n`"),
+    errno.ENFILE: ("too many open files on this machine", "end some programs"),
+    errno.EISDIR: ("a folder is where a file should be", "move it away"),
+    errno.ENOTDIR: ("a file is where a folder should be", "move it away"),
+    errno.ESTALE: ("a network file system lost a file", "check its connection"),
+}
+"""What the machine does to us: error number -> what happened, remedy."""
 
 
-def _is_disk_full(error: Exception) -> bool:
-    """Whether the disk (or the user's share of it) is full. The libraries written in Rust,
-    safetensors and tokenizers, raise errors of their own and give the number in words only."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in numbers
-    return any(f"(os error {number})" in str(error) for number in numbers)
+def trouble_of(error: BaseException) -> int | None:
+    """The error number, if it is the machine's trouble and not a defect of ours. Libraries written
+    in Rust, safetensors and tokenizers, raise errors of their own and give it in words only."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(said[1]) if said else None
+    return number if number in _TROUBLES else None
+
+
+def _explain(number: int, name: object) -> str:
+    """One line for trouble of the machine with the file ``name`` (None: not known)."""
+    happened, remedy = _TROUBLES[number]
+    doing = "while writing " if number in _FULL else "with "
+    where = f" {doing}{name}" if name else ""
+    return f"{happened}{where}; {remedy} and run the same command again, finished work is kept"
 
 
 def _speaks() -> bool:
@@ -90,7 +121,8 @@ def _speaks() -> bool:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn a :class:`LutqatError` or a full disk into one line on stderr and its exit code.
+    """Turn a :class:`LutqatError`, or trouble with the disk, into one line on stderr and an exit
+    code.
 
     Every face (stage or command) wraps its work in this; anything else keeps its traceback,
     because it is a defect of ours and not of the input.
@@ -102,14 +134,10 @@ def exit_on_error() -> Iterator[None]:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
-        if not _is_disk_full(error):
+        number = trouble_of(error)
+        if number is None:
             raise
-        name = error.filename if isinstance(error, OSError) else None
-        where = f" while writing {name}" if name else ""
         if _speaks():
-            print(
-                f"error: no space left on the disk{where}; free some space and run the same "
-                "command again, finished work is kept",
-                file=sys.stderr,
-            )
-        raise SystemExit(DISK_FULL_EXIT_CODE) from None
+            name = error.filename if isinstance(error, OSError) else None
+            print(f"error: {_explain(number, name)}", file=sys.stderr)
+        raise SystemExit(DISK_FULL_EXIT_CODE if number in _FULL else MACHINE_EXIT_CODE) from None

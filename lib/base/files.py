@@ -60,21 +60,47 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it replaces ``path`` whole."""
+    """Yield an empty temporary folder beside ``path``; on success it replaces ``path`` whole.
+
+    A folder that is there already steps aside until the new one has its name: whatever happens,
+    one of them is left whole. See :func:`bring_back` for a kill between the two renames.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    bring_back(path)
+    temporary, old = path.with_name(f".tmp-{path.name}"), _aside(path)
+    for leftover in (temporary, old):
+        _remove(leftover)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):
             fsync_path(file)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        bring_back(path)
+        _remove(temporary)
         raise
+    _remove(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".tmp-old-{path.name}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def bring_back(path: Path) -> None:
+    """Give a folder its name again that :func:`atomic_folder` had moved aside for a new one which
+    never came; no effect otherwise."""
+    if not path.exists() and _aside(path).exists():
+        os.replace(_aside(path), path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,8 +125,35 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run the stage that makes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
         raise CorruptError(f"{path} is not valid JSON ({error}); delete it and rerun") from None
+
+
+def write_sealed(path: Path, body: dict[str, Any]) -> None:
+    """Write ``body`` as :func:`write_json` does, with a digest of it under ``digest``."""
+    write_json(path, {**body, "digest": fingerprint(body)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote, without the digest.
+
+    Raises:
+        InputError: the file does not exist.
+        CorruptError: the file is damaged, or was edited.
+    """
+    body = read_json(path)
+    if not isinstance(body, dict) or not is_sealed(body):
+        raise CorruptError(f"{path} is damaged or was edited; delete it and rerun")
+    return {key: value for key, value in body.items() if key != "digest"}
+
+
+def is_sealed(body: dict[str, Any]) -> bool:
+    """Whether ``digest`` is that of everything else."""
+    rest = {key: value for key, value in body.items() if key != "digest"}
+    try:
+        return bool(body.get("digest") == fingerprint(rest))
+    except (ValueError, RecursionError):  # what we never write: NaN, infinity, endless nesting
+        return False
 
 
 def code_fingerprint(root: Path | None = None) -> str:

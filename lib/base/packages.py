@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from lib.base.errors import CorruptError, InputError
 from lib.base.files import atomic_file, sha256_file
-from lib.base.scratch import work_root
+from lib.base.locks import work_root
 
 PACKAGES = Path("data") / "packages"
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.base.errors import InputError, exit_on_error
+from lib.base.locks import sole_writer
 
 
 def run_stage(main: Callable[..., None]) -> None:
     """Call ``main`` with the command line's paths; ``--help`` prints its module's docstring.
+
+    The last path is the folder that the stage writes: a second run has to wait for the first.
 
     Exits with one line and a code if the number of paths is wrong, or on any
     :class:`lib.base.errors.LutqatError`.
@@ -28,4 +31,6 @@ def run_stage(main: Callable[..., None]) -> None:
                 f"{' '.join(names)}; "
                 "`dvc repro` gives them, --help explains them"
             )
-        main(*map(Path, arguments))
+        paths = [Path(argument) for argument in arguments]
+        with sole_writer(Path(inspect.getfile(main)).stem, paths[-1]):
+            main(*paths)

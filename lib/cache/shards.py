@@ -132,7 +132,7 @@ def read_index(folder: Path) -> CacheIndex:
             raise CorruptError(f"{path} is damaged or was edited; {_REMEDY}")
         entries = tuple(ShardEntry(**entry) for entry in body["shards"])
         rows, values = body["rows"], body["spec"]
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise CorruptError(f"{path} is not the index of a teacher cache; {_REMEDY}") from None
     return CacheIndex(CacheSpec.from_json(values, str(path)), rows, entries, digest)
 
@@ -151,9 +151,8 @@ def _shard_metadata(path: Path) -> dict[str, Any]:
 def _damage(path: Path, spec: CacheSpec, entry: ShardEntry, size: int) -> Exception:
     """The most helpful error for a shard that is not what the index says."""
     meta = _shard_metadata(path)
-    wanted = spec.to_json()
-    found = meta.get("spec", wanted)
-    if found != wanted:
+    wanted, found = spec.to_json(), meta.get("spec")
+    if isinstance(found, dict) and found != wanted:
         keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
         sides = "; ".join(f"{k} {found.get(k)}, the index says {wanted.get(k)}" for k in keys)
         return MismatchError(f"{path} belongs to another cache ({sides}); {_REMEDY}")

@@ -8,6 +8,7 @@ tensor is an error that names it.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _PACKED = "indices_packed"
+_IDENTITY = ("sha256", "layers", "model")
+_EARLIER = ("sha256", "layers")  # before the model's configuration was part of it
 
 
 def _layer_tensors(name: str, layer: LutLinear) -> Iterator[tuple[str, Tensor]]:
@@ -114,7 +117,7 @@ def write_checkpoint(
     config = {
         "format": FORMAT,
         "info": info,
-        "model": model.config.to_dict(),
+        "model": json.loads(json.dumps(model.config.to_dict())),  # keys as they will be read
         "layers": {
             name: {
                 **layer.spec.to_json(),
@@ -125,9 +128,17 @@ def write_checkpoint(
         },
         "sha256": sha256_file(folder / WEIGHTS),
     }
-    mark = fingerprint({"sha256": config["sha256"], "layers": config["layers"]})
+    mark = fingerprint({key: config[key] for key in _IDENTITY})
     write_json(folder / CONFIG, {**config, "fingerprint": mark})
     return mark
+
+
+def _mark(config: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    """Fingerprint of a config's entries ``keys``; None where they hold what we never write."""
+    try:
+        return fingerprint({key: config.get(key) for key in keys})
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -145,8 +156,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a lutqat checkpoint (its {CONFIG} has no format {FORMAT!r}); "
             "import a foreign one with `lutqat convert-checkpoint`"
         )
-    mark = fingerprint({key: config.get(key) for key in ("sha256", "layers")})
-    if config.get("fingerprint") != mark or not {"model", "info"} <= config.keys():
+    marks = {_mark(config, keys) for keys in (_IDENTITY, _EARLIER)} - {None}
+    known = isinstance(config.get("model"), dict) and isinstance(config.get("info"), dict)
+    if not known or config.get("fingerprint") not in marks:
         raise CorruptError(
             f"{folder / CONFIG} is damaged or was edited; rerun the stage that makes it"
         )

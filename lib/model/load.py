@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from lib.base.errors import CorruptError, InputError
+from lib.base.errors import CorruptError, InputError, trouble_of
 from lib.base.files import fingerprint, sha256_file
 
 CONFIG = "config.json"
@@ -43,6 +43,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrain
             f"{folder}: the weights cannot be read ({error}); rerun its stage"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if trouble_of(error) is not None:
+            raise
         raise InputError(f"{folder} is no causal language model: {first_line(error)}") from None
     if missing:
         raise CorruptError(
@@ -74,6 +76,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on bad files
+        if trouble_of(error) is not None:
+            raise
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
 
 

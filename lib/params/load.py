@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from lib.base.errors import LutqatError, ParamsError
 from lib.base.files import fingerprint
@@ -38,13 +37,25 @@ def read_yaml(path: Path) -> Any:
         raise ParamsError(
             f"{path} does not exist here; run from the root of the repository"
         ) from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # values that YAML's own types refuse raise whatever Python raises
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        problem = getattr(error, "problem", None) or _problem(error)
         raise ParamsError(
             f"{path}{where} is not valid YAML: {problem}; correct that line"
         ) from None
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, where the parser does not say it in words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    said = " ".join(str(error).split())
+    return f"a value that cannot be read ({said or type(error).__name__})"
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -112,8 +123,15 @@ def _explain_unknown(location: tuple[str | int, ...], key: str) -> str:
 
 def _shown(value: Any) -> str:
     """A refused value as YAML users write it, shortened."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+    text = ""
+    try:
+        for piece in json.JSONEncoder(default=str).iterencode(value):  # may have no end
+            text += piece
+            if len(text) > _LONGEST_VALUE:
+                return text[: _LONGEST_VALUE - 3] + "..."
+    except (TypeError, ValueError, RecursionError):  # keys or numbers that JSON does not know
+        return text + "..."
+    return text
 
 
 class _View:

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lib.base.errors import CorruptError, InputError
+from lib.base.errors import CorruptError, InputError, trouble_of
 from lib.base.files import atomic_file, fingerprint
 
 SEQUENCES = "sequences.arrow"
 STREAM = "stream.arrow"
 _KEY = b"lutqat"
+_ROWS = {"input_ids": pa.int32(), "length": pa.int32(), "prompt": pa.bool_()}
+_PER_TOKEN = ("input_ids", "prompt")  # lists of max_length
 
 
 class TokenSet:
@@ -43,7 +45,7 @@ class TokenSet:
             InputError: the file does not exist.
             CorruptError: it is damaged or something else.
         """
-        table, self.meta = _read(folder / SEQUENCES, "tokens", {"input_ids", "length", "prompt"})
+        table, self.meta = _read(folder / SEQUENCES, "tokens", _ROWS)
         self.lengths: NDArray[np.int32] = table.column("length").to_numpy()
         ids = table.column("input_ids").combine_chunks()
         flat = ids.flatten().to_numpy(zero_copy_only=False)
@@ -110,7 +112,7 @@ def read_stream(folder: Path) -> NDArray[np.int32]:
     Raises:
         InputError, CorruptError: as for :class:`TokenSet`.
     """
-    table, meta = _read(folder / STREAM, "stream", {"token"})
+    table, meta = _read(folder / STREAM, "stream", {"token": pa.int32()})
     tokens: NDArray[np.int32] = table.column("token").to_numpy()
     _check_content(folder / STREAM, meta, [tokens])
     return tokens
@@ -144,15 +146,46 @@ def _check_content(path: Path, meta: dict[str, Any], content: Content) -> None:
         raise CorruptError(f"{path} is damaged (its checksum differs); rerun the tokens stage")
 
 
-def _read(path: Path, kind: str, columns: set[str]) -> tuple[Any, dict[str, Any]]:
+def _read(path: Path, kind: str, columns: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # lengths and offsets may point anywhere
         meta = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; run the tokens stage") from None
-    except (pa.ArrowInvalid, OSError, json.JSONDecodeError) as error:
-        raise CorruptError(f"{path} cannot be read ({error}); rerun the tokens stage") from None
-    complete = columns <= set(table.column_names)
+    except (pa.ArrowException, OSError, MemoryError, ValueError, RecursionError) as error:
+        if trouble_of(error) is not None:
+            raise
+        why = " ".join(str(error).split())
+        raise CorruptError(f"{path} cannot be read ({why}); rerun the tokens stage") from None
+    complete = columns.keys() <= set(table.column_names)
     if not isinstance(meta, dict) or meta.get("kind") != kind or not complete:
         raise CorruptError(f"{path} does not hold lutqat {kind}; rerun the tokens stage")
+    _check_description(path, meta, table, columns)
     return table, meta
+
+
+def _check_description(
+    path: Path, meta: dict[str, Any], table: Any, columns: dict[str, Any]
+) -> None:
+    """Check that ``meta`` is what was written and that the columns are of the types it implies.
+
+    Raises:
+        CorruptError: one of them is not.
+    """
+    rest = {key: value for key, value in meta.items() if key != "fingerprint"}
+    try:
+        intact = meta.get("fingerprint") == fingerprint(rest)
+    except (ValueError, RecursionError):
+        intact = False
+    if intact:
+        length = meta.get("max_length", 0)
+        wanted = {n: pa.list_(k, length) if n in _PER_TOKEN else k for n, k in columns.items()}
+        intact = wanted == {field.name: field.type for field in table.schema}
+    if not intact or any(_nulls(column) for column in table.columns):
+        raise CorruptError(f"{path} is damaged (its description differs); rerun the tokens stage")
+
+
+def _nulls(column: Any) -> int:
+    nested = pa.types.is_fixed_size_list(column.type)
+    return int(column.null_count + (column.combine_chunks().flatten().null_count if nested else 0))

@@ -6,6 +6,7 @@ at; inside a block the training loop resumes by itself.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -18,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lib.base.errors import NonFiniteError, ParamsError
-from lib.base.files import atomic_file, read_json, write_json
+from lib.base.errors import CorruptError, InputError, NonFiniteError, ParamsError
+from lib.base.files import atomic_file, read_sealed, sha256_file, write_sealed
 from lib.cache.shards import CacheReader
 from lib.model.blocks import block_prefix, decoder_blocks, part, run_part
 from lib.model.linear import LutLinear
@@ -150,6 +151,11 @@ def _layers(model: PreTrainedModel, block: int) -> dict[str, LutLinear]:
     return {name: m for name, m in quantized_layers(model).items() if name.startswith(prefix)}
 
 
+def _files(folder: Path, block: int) -> list[Path]:
+    """Where the tensors of a trained block wait: its layers', and those that were not averaged."""
+    return [folder / f"{block:03d}{kind}.safetensors" for kind in ("", "-plain")]
+
+
 def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row], plain: Values) -> None:
     """Write a trained block; the JSON comes last and says that it is whole."""
     tensors = {
@@ -157,34 +163,44 @@ def _keep(model: PreTrainedModel, block: int, folder: Path, rows: list[Row], pla
         for name, layer in _layers(model, block).items()
         for key, value in layer.state_dict().items()
     }
-    with atomic_file(folder / f"{block:03d}.safetensors") as temporary:
-        save_file(tensors, temporary)
-    if plain:
-        with atomic_file(folder / f"{block:03d}-plain.safetensors") as temporary:
-            save_file(plain, temporary)
-    write_json(folder / f"{block:03d}.json", {"rows": rows})
+    digests = []
+    for path, values in zip(_files(folder, block), (tensors, plain), strict=True):
+        with atomic_file(path) as temporary:
+            save_file(values, temporary)
+        digests.append(sha256_file(path))
+    write_sealed(folder / f"{block:03d}.json", {"rows": rows, "sha256": digests})
 
 
 def _take(model: PreTrainedModel, block: int, folder: Path) -> tuple[list[Row], Values] | None:
     """Put a trained block back into the model and return its rows and plain parameters; None if it
-    is not done."""
-    if not (folder / f"{block:03d}.json").is_file():
+    is not done, or was damaged since."""
+    about = folder / f"{block:03d}.json"
+    if not about.is_file():
         return None
-    tensors = load_file(folder / f"{block:03d}.safetensors")
+    files = _files(folder, block)
+    try:
+        kept = read_sealed(about)
+        for path, digest in zip(files, kept["sha256"], strict=True):
+            if not path.is_file() or sha256_file(path) != digest:
+                raise CorruptError(f"{path} is damaged")
+    except CorruptError as error:
+        print(f"training block {block} anew, what was kept is unusable: {error}", file=sys.stderr)
+        return None
+    tensors, plain = map(load_file, files)
     for name, layer in _layers(model, block).items():
         inside = {key: tensors[f"{name}.{key}"] for key in layer.state_dict()}
         layer.load_state_dict(inside)
-    rows: list[Row] = read_json(folder / f"{block:03d}.json")["rows"]
-    path = folder / f"{block:03d}-plain.safetensors"
-    return rows, load_file(path) if path.is_file() else {}
+    return kept["rows"], plain
 
 
 def _start(method: BlockMethod, folder: Path) -> float:
     """Held-out KD before anything trained; a resumed run knows it from its first start."""
     path = folder / "start.json"
-    if not path.is_file():
-        write_json(path, {"initial_kd": method.held_out_kd()})
-    return float(read_json(path)["initial_kd"])
+    with contextlib.suppress(InputError, CorruptError):
+        return float(read_sealed(path)["initial_kd"])
+    initial = method.held_out_kd()
+    write_sealed(path, {"initial_kd": initial})
+    return initial
 
 
 def _train_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.base.files import atomic_folder, read_json, write_json
-from lib.base.workers import is_main
+from lib.base.errors import CorruptError
+from lib.base.files import atomic_folder, bring_back, read_sealed, sha256_file, write_sealed
+from lib.base.workers import is_main, world_size
 from lib.train.parallel import part_of, whole
 from lib.train.roles import Trainable
 
@@ -89,7 +91,21 @@ def save_state(
         return
     with atomic_folder(folder) as temporary:
         save_file(complete, temporary / TENSORS)
-        write_json(temporary / VALUES, {"progress": progress.__dict__, "rng": _rng_values()})
+        values = {"progress": progress.__dict__, "rng": _rng_values()}
+        write_sealed(temporary / VALUES, {**values, "sha256": sha256_file(temporary / TENSORS)})
+
+
+def _intact(folder: Path) -> dict[str, Any] | None:
+    """The values of a state; None, said on stderr, where it is not what was saved."""
+    try:
+        values = read_sealed(folder / VALUES)
+        if values["sha256"] != sha256_file(folder / TENSORS):
+            raise CorruptError(f"{folder / TENSORS} is damaged")
+    except CorruptError as error:
+        if is_main():
+            print(f"beginning anew, the saved state is unusable: {error}", file=sys.stderr)
+        return None
+    return values
 
 
 def load_state(
@@ -97,11 +113,16 @@ def load_state(
 ) -> tuple[Progress, dict[str, Tensor]] | None:
     """Restore what :func:`save_state` wrote; None when there is nothing (whole) to resume from.
 
-    The folder is renamed into place as a whole, so one that lacks a file is not ours to trust.
+    The folder is renamed into place as a whole, so one that lacks a file is not ours to trust; one
+    whose digests are not its files' was damaged since, and the run begins anew.
     """
+    if world_size() == 1:  # several would do it at once
+        bring_back(folder)
     if not (folder / TENSORS).is_file() or not (folder / VALUES).is_file():
         return None
-    values = read_json(folder / VALUES)
+    values = _intact(folder)
+    if values is None:
+        return None
     tensors = load_file(folder / TENSORS)
     by_name = {item.name: item.parameter for item in trainables}
     with torch.no_grad():

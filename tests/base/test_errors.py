@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lib.base.errors import InputError, exit_on_error
+from lib.base.errors import (
+    DISK_FULL_EXIT_CODE,
+    MACHINE_EXIT_CODE,
+    InputError,
+    exit_on_error,
+    trouble_of,
+)
 
 
 def fail(capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,3 +45,32 @@ def test_without_a_common_folder_everyone_speaks(
     if own is not None:
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", own)
     assert [fail(capsys) for _ in range(2)] == ["error: no such file\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "x", "a/b"), DISK_FULL_EXIT_CODE, "no space left on the disk while"),
+        (OSError(errno.EFBIG, "x", "a/b"), DISK_FULL_EXIT_CODE, "allows no larger one while"),
+        (OSError(errno.EIO, "x", "a/b"), MACHINE_EXIT_CODE, "input/output error with a/b; check"),
+        (PermissionError(errno.EACCES, "x", "a/b"), MACHINE_EXIT_CODE, "permission denied with a/b"),
+        (SafetensorError("I/O error (os error 5)"), MACHINE_EXIT_CODE, "input/output error; check"),
+    ],
+)
+def test_trouble_of_the_machine_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: Exception, code: int, words: str
+) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise error
+    line = capsys.readouterr().err
+    assert stop.value.code == code and line.count("\n") == 1
+    assert words in line and "run the same command again" in line
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "x"), OSError("x"), KeyError("os error 28")]
+)
+def test_defects_keep_their_traceback(error: Exception) -> None:
+    assert trouble_of(error) is None
+    with pytest.raises(type(error)), exit_on_error():
+        raise error

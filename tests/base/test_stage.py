@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lib.base.errors import InputError
+from lib.base.errors import BusyError, InputError
+from lib.base.locks import sole_writer
 from lib.base.stage import run_stage
 
 seen: list[Path] = []
+
+
+@pytest.fixture(autouse=True)
+def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
 
 def main(teacher: Path, out: Path) -> None:
@@ -52,3 +58,20 @@ def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_explains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     call(monkeypatch, "--help")
     assert capsys.readouterr().out == "Stages called by hand.\n" and seen == []
+
+
+def test_a_folder_has_one_writer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sole_writer("some", Path("two")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, "one", "two")
+        assert stop.value.code == BusyError.exit_code and seen == []
+        error = capsys.readouterr().err
+        assert "already running in another process (it holds two)" in error
+        call(monkeypatch, "one", "three")
+        monkeypatch.setenv("RANK", "0")  # its launcher holds the folder for it
+        call(monkeypatch, "one", "two")
+    monkeypatch.delenv("RANK")
+    call(monkeypatch, "one", "two")
+    assert seen == [Path("one"), Path("two")]

@@ -252,6 +252,23 @@ def test_damaged_and_truncated_files_are_refused(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
+def test_an_edited_configuration_is_refused(tmp_path: Path) -> None:
+    """Another epsilon would load and compute something else."""
+    folder = save(quantized(), tmp_path / "m")
+    config = folder / "config.json"
+    for old, new in (('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'), ('"info": {', '"inf": {')):
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(CorruptError, match=r"config\.json is damaged or was edited"):
+            load_checkpoint(folder)
+        config.write_text(text)
+    body = json.loads(config.read_text())  # written before the configuration was part of the mark
+    body["fingerprint"] = fingerprint({k: body[k] for k in ("sha256", "layers")})
+    config.write_text(json.dumps(body))
+    load_checkpoint(folder)
+
+
 def test_unreadable_weights_with_the_right_digest(tmp_path: Path) -> None:
     folder = save(quantized(), tmp_path / "m")
     (folder / "model.safetensors").write_bytes(b"not safetensors at all")

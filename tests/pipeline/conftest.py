@@ -1,4 +1,4 @@
-"""The tiny pipeline, run once for all tests here; each test works on its own copy."""
+"""Each test works on its own copy of the finished tiny pipeline."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.project import Project, make_project
-
-
-@pytest.fixture(scope="session")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The finished, committed pipeline; not to be changed."""
-    project = make_project(tmp_path_factory.mktemp("baseline") / "lutqat")
-    project.dvc("repro")
-    project.commit("results")
-    return project
+from tests.pipeline.project import Project
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ TRACKED = (
     *(".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"),
 )
 RUNS = ".dvc/tmp/runs"  # where halting.py notes what ran
+MACHINE = {"runs/evaluate/ladder.json", "runs/evaluate/ladder.md"}  # they tell the memory used
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ import pytest
 
 from lib.params.load import read_yaml
 from tests.architecture import outputs_of, paths_of
-from tests.pipeline.project import ROOT, STAGES, Project
-
-MACHINE = {"runs/evaluate/ladder.json", "runs/evaluate/ladder.md"}  # they tell the memory used
+from tests.pipeline.project import MACHINE, ROOT, STAGES, Project
 
 
 def digests(folder: Path, outputs: list[str]) -> dict[str, str]:

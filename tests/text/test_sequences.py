@@ -105,3 +105,19 @@ def test_missing_short_and_foreign_files(tmp_path: Path) -> None:
         writer.write_table(pa.table({}))
     with pytest.raises(CorruptError, match="does not hold lutqat tokens"):
         TokenSet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"pad_id": 0', b'"pad_id": 1'), (b'"max_length"', b'"max_lengtX"'), (b'"sha256"', b'"sha25\xff"')],
+)
+def test_a_changed_description_is_found(tmp_path: Path, old: bytes, new: bytes) -> None:
+    write_tokens(
+        tmp_path, np.zeros((2, 4), np.int32), np.full(2, 4, np.int32), **{**ABOUT, "pad_id": 0}
+    )
+    path = tmp_path / SEQUENCES
+    content = path.read_bytes()
+    assert content.count(old) == 2  # Arrow has it at both ends
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(CorruptError, match=r"sequences\.arrow (is damaged|cannot be read)"):
+        TokenSet(tmp_path)

@@ -135,6 +135,28 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert seen[0] > when - settings.checkpoint_every and seen[-1] == progress.step
 
 
+@pytest.mark.parametrize("file", ["start.json", "000.json", "000.safetensors", "000-plain.safetensors"])
+def test_a_block_that_was_damaged_since_is_trained_anew(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    whole, expected = run("layerwise", cache, tmp_path / "whole", steps=4, ema=0.5)
+    settings, parts, model = config(steps=4, ema=0.5), tmp_path / "parts", student()
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_by_block(method_of("layerwise", student(), cache, parts, settings), parts, kill)
+    path = parts / "blocks" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    progress = train_by_block(method_of("layerwise", model, cache, parts, settings), parts, quiet)
+    assert same(state_of(model), state_of(whole)) and progress == expected
+    assert ("training block 0 anew" in capsys.readouterr().err) is (file != "start.json")
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("when", [3, 13])
 def test_plain_parameters_of_blocks_resume_bit_for_bit(
