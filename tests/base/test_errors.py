@@ -53,7 +53,11 @@ def test_without_a_common_folder_everyone_speaks(
         (OSError(errno.ENOSPC, "x", "a/b"), DISK_FULL_EXIT_CODE, "no space left on the disk while"),
         (OSError(errno.EFBIG, "x", "a/b"), DISK_FULL_EXIT_CODE, "allows no larger one while"),
         (OSError(errno.EIO, "x", "a/b"), MACHINE_EXIT_CODE, "input/output error with a/b; check"),
-        (PermissionError(errno.EACCES, "x", "a/b"), MACHINE_EXIT_CODE, "permission denied with a/b"),
+        (
+            PermissionError(errno.EACCES, "x", "a/b"),
+            MACHINE_EXIT_CODE,
+            "permission denied with a/b",
+        ),
         (SafetensorError("I/O error (os error 5)"), MACHINE_EXIT_CODE, "input/output error; check"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def test_a_failed_rename_loses_neither_folder_nor_space(
         calls.append(source)
         if len(calls) == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        os.rename(source, target)
+        source.rename(target)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", full)

@@ -19,9 +19,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="session")
-def workshop(
-    baseline: Project, warm: Warm, tmp_path_factory: pytest.TempPathFactory
-) -> Workshop:
+def workshop(baseline: Project, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """A copy of the finished pipeline in which stages run again and again."""
     return Workshop(baseline.copy(tmp_path_factory.mktemp("workshop") / "lutqat").folder, warm)
 

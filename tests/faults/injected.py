@@ -119,7 +119,7 @@ def _watch_files(event: Callable[[str], None], root: str, *, writing: bool) -> N
     def inside(path: Any) -> str | None:
         if not isinstance(path, str | os.PathLike):
             return None
-        absolute = os.path.abspath(os.fspath(path))
+        absolute = os.path.abspath(os.fspath(path))  # noqa: PTH100 (no file is looked at)
         return absolute if absolute.startswith(root) else None
 
     class Watched(io.FileIO):

@@ -18,5 +18,4 @@ def said(work: Callable[[], Any]) -> tuple[Any, str, int]:
         with contextlib.redirect_stderr(text), exit_on_error():
             return work(), text.getvalue(), 0
     except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return None, text.getvalue(), stop.code
+        return None, text.getvalue(), int(stop.code or 0)

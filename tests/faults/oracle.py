@@ -60,7 +60,9 @@ class Leaf:
     def permits(self, value: Any) -> bool | None:
         """Whether the field may have this value, whatever the others are; None: hard to say."""
         if self.choices is not None:
-            return any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in self.choices)
+            return any(
+                value == c and isinstance(value, bool) == isinstance(c, bool) for c in self.choices
+            )
         kind = _kind(value)
         if kind == "integer" and "integer" not in self.kinds:
             kind = "number"

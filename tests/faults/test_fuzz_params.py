@@ -1,5 +1,5 @@
 """Mutated params.yaml files: what is valid is accepted and arrives, what is not is refused in one
-line that names the key, by an oracle of its own (tests/faults/oracle.py); nothing is a traceback."""
+line that names the key, says an oracle of its own (tests/faults/oracle.py); never a traceback."""
 
 from __future__ import annotations
 
@@ -146,11 +146,16 @@ def test_unknown_keys(path: Path_, name: str, value: Any) -> None:
 @given(
     st.recursive(
         odd | st.integers() | st.dates() | st.tuples(st.integers()),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(list(SMALLEST)) | st.integers() | st.none() | st.tuples(st.integers()),
-            inner,
-            max_size=4,
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(list(SMALLEST))
+                | st.integers()
+                | st.none()
+                | st.tuples(st.integers()),
+                inner,
+                max_size=4,
+            )
         ),
     )
 )
@@ -178,9 +183,47 @@ def test_values_without_an_end() -> None:
 
 TOKENS = (
     *("!!bool maybe", "!!int x", "!!float x", "!!timestamp x", "!!set x", "!!python/name:os.x"),
-    *("&a [*a]", "*nobody", "<<: 3", "? [1]", "2001-99-99", "12:99:99", "1e999", "0x", "0o9", "1_0"),
-    *(".inf", "-.nan", "~", "{", "}", "[", "\t", "\x00", "\ufeff", "\x85", "%YAML 9.9", "---", "..."),
-    *("9" * 5000, "0x" + "f" * 5000, "[" * 3000, "|", ">-", "'", '"', "@", "`", "? ", "- -", "\ud800"),
+    *(
+        "&a [*a]",
+        "*nobody",
+        "<<: 3",
+        "? [1]",
+        "2001-99-99",
+        "12:99:99",
+        "1e999",
+        "0x",
+        "0o9",
+        "1_0",
+    ),
+    *(
+        ".inf",
+        "-.nan",
+        "~",
+        "{",
+        "}",
+        "[",
+        "\t",
+        "\x00",
+        "\ufeff",
+        "\x85",
+        "%YAML 9.9",
+        "---",
+        "...",
+    ),
+    *(
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 3000,
+        "|",
+        ">-",
+        "'",
+        '"',
+        "@",
+        "`",
+        "? ",
+        "- -",
+        "\ud800",
+    ),
 )
 
 
@@ -255,7 +298,9 @@ def test_the_oracle_knows() -> None:
     leaves = {leaf.key: leaf for leaf in SCHEMA.leaves}
     assert leaves.keys() >= {"quant.rank", "scales.rates.lut", "tokens.train.0.source", "run.wandb"}
     rank, share = leaves["quant.rank"], leaves["ane_check.min_top1"]
-    assert [rank.permits(value) for value in (0, 1, True, 1.0, "1", None)] == [False, True] + [False] * 4
+    assert [rank.permits(value) for value in (0, 1, True, 1.0, "1", None)] == [False, True] + [
+        False
+    ] * 4
     assert [share.permits(value) for value in (0, 1, 1.5, -0.1, float("nan"))] == [
         *(True, True),
         *(False, False, False),

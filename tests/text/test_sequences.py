@@ -21,7 +21,7 @@ def write(folder: Path, rows: int = 3, length: int = 4, seed: int = 0) -> np.nda
     return ids
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(0, 9), length=st.integers(2, 40), seed=st.integers(0, 99))
 def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, rows: int, length: int, seed: int
@@ -109,7 +109,11 @@ def test_missing_short_and_foreign_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(b'"pad_id": 0', b'"pad_id": 1'), (b'"max_length"', b'"max_lengtX"'), (b'"sha256"', b'"sha25\xff"')],
+    [
+        (b'"pad_id": 0', b'"pad_id": 1'),
+        (b'"max_length"', b'"max_lengtX"'),
+        (b'"sha256"', b'"sha25\xff"'),
+    ],
 )
 def test_a_changed_description_is_found(tmp_path: Path, old: bytes, new: bytes) -> None:
     write_tokens(

@@ -135,7 +135,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert seen[0] > when - settings.checkpoint_every and seen[-1] == progress.step
 
 
-@pytest.mark.parametrize("file", ["start.json", "000.json", "000.safetensors", "000-plain.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["start.json", "000.json", "000.safetensors", "000-plain.safetensors"]
+)
 def test_a_block_that_was_damaged_since_is_trained_anew(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
