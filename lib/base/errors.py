@@ -62,7 +62,12 @@ class BusyError(LutqatError):
 DISK_FULL_EXIT_CODE = 9
 MACHINE_EXIT_CODE = 11
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSAID = 0  # for libraries in C++ that say what failed but not why
+_WRITE_FAILED = re.compile(
+    r"PytorchStreamWriter failed writing|inline_container.* unexpected pos|file write failed"
+    r"|\[MIL FileWriter\]: Un(known error.* writing|able to open)|iostream error"
+)
+_FULL = (_UNSAID, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TROUBLES = {
     errno.ENOSPC: ("no space left on the disk", "free some space"),
     errno.EDQUOT: ("no space left on the disk for this user (quota)", "free some space"),
@@ -70,6 +75,7 @@ _TROUBLES = {
         "no space left in a file: the file system or `ulimit -f` allows no larger one",
         "use another file system or limit",
     ),
+    _UNSAID: ("no space left on the disk, it seems: a write failed", "free some space"),
     errno.EIO: ("the disk gave an input/output error", "check the disk and its connection"),
     errno.EROFS: ("the file system is read-only", "make it writable"),
     errno.EACCES: ("permission denied", "see who owns it"),
@@ -84,12 +90,17 @@ _TROUBLES = {
 
 
 def trouble_of(error: BaseException) -> int | None:
-    """The error number, if it is the machine's trouble and not a defect of ours. Libraries written
-    in Rust, safetensors and tokenizers, raise errors of their own and give it in words only."""
+    """The error number, if it is the machine's trouble and not a defect of ours.
+
+    Libraries written in Rust, safetensors and tokenizers, raise errors of their own and give it in
+    words only; those in C++, torch and coremltools, say no more than that a write failed.
+    """
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         said = re.search(r"\(os error (\d+)\)", str(error))
         number = int(said[1]) if said else None
+    if isinstance(error, RuntimeError) and _WRITE_FAILED.search(str(error)):
+        number = _UNSAID
     return number if number in _TROUBLES else None
 
 

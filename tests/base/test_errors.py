@@ -58,6 +58,10 @@ def test_without_a_common_folder_everyone_speaks(
             MACHINE_EXIT_CODE,
             "permission denied with a/b",
         ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8"),
+            *(DISK_FULL_EXIT_CODE, "no space left on the disk, it seems"),
+        ),
         (SafetensorError("I/O error (os error 5)"), MACHINE_EXIT_CODE, "input/output error; check"),
     ],
 )

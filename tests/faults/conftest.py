@@ -19,9 +19,16 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="session")
-def workshop(baseline: Project, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def _workshop(baseline: Project, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("workshop") / "lutqat"
+    return Workshop(baseline.copy(folder).folder, warm, baseline.folder)
+
+
+@pytest.fixture
+def workshop(_workshop: Workshop) -> Iterator[Workshop]:
     """A copy of the finished pipeline in which stages run again and again."""
-    return Workshop(baseline.copy(tmp_path_factory.mktemp("workshop") / "lutqat").folder, warm)
+    yield _workshop
+    _workshop.mend()
 
 
 @pytest.fixture

@@ -19,9 +19,13 @@ def dice(*what: object) -> random.Random:
     return random.Random(repr((SEED, *what)))
 
 
+def chosen(names: list[str], few: int, what: str) -> list[str]:
+    """All names in a long run, ``few`` of them in a short one."""
+    return names if LONG else dice("chosen", what).sample(names, few)
+
+
 def some(numbers: range, few: int) -> list[int]:
-    """All numbers in a long run; in a short one ``few`` of them, the ends included."""
+    """All numbers in a long run, ``few`` of them in a short one."""
     if LONG or len(numbers) <= few:
         return list(numbers)
-    inner = dice("some", numbers).sample(numbers[1:-1], max(few - 2, 0))
-    return sorted({numbers[0], *inner, numbers[-1]})
+    return sorted(dice("some", numbers).sample(numbers, few))

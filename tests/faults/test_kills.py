@@ -19,7 +19,7 @@ from tests.faults.injected import Fault
 from tests.faults.workshop import STAGES, Workshop
 from tests.pipeline.project import MACHINE, Project
 
-DIRECT, THROUGH_DVC = often(11, 180), often(1, 20)
+DIRECT, THROUGH_DVC = often(4, 180), often(1, 20)
 NAMES = sorted(STAGES)
 
 

@@ -12,16 +12,15 @@ import signal
 import pytest
 
 from lib.base.errors import BusyError
-from tests.faults.counts import dice, often
+from tests.faults.counts import chosen, dice
 from tests.faults.injected import Fault
 from tests.faults.workshop import STAGES, Workshop
 
 NAMES = sorted(STAGES)
-FEW = often(4, len(NAMES))
 LOCKED = 6  # the lock file and its folders are made in fewer writes
 
 
-@pytest.mark.parametrize("stage", dice("together").sample(NAMES, FEW))
+@pytest.mark.parametrize("stage", chosen(NAMES, 2, "together"))
 def test_the_second_run_of_a_stage_is_refused(workshop: Workshop, stage: str) -> None:
     """The first is halted at a random write, the second comes and goes, the first ends well."""
     number = dice("halt", stage).randint(LOCKED, workshop.count(stage, "writes"))
@@ -44,7 +43,7 @@ def test_the_second_run_of_a_stage_is_refused(workshop: Workshop, stage: str) ->
     workshop.check_whole(stage)
 
 
-@pytest.mark.parametrize("stage", dice("clock").sample(NAMES, FEW))
+@pytest.mark.parametrize("stage", chosen(NAMES, 2, "clock"))
 def test_a_jumping_clock_changes_nothing(workshop: Workshop, stage: str) -> None:
     workshop.clear(stage)
     done = workshop.run(stage, Fault(action="clock", number=dice("years", stage).randint(0, 40)))
@@ -52,8 +51,7 @@ def test_a_jumping_clock_changes_nothing(workshop: Workshop, stage: str) -> None
     workshop.check_whole(stage)
 
 
-@pytest.mark.parametrize("stage", ["cache", "scales"])
-@pytest.mark.parametrize("years", [-30, 30])
+@pytest.mark.parametrize(("stage", "years"), [("cache", 30), ("scales", -30)])
 def test_a_run_goes_on_from_a_state_of_another_time(
     workshop: Workshop, stage: str, years: int
 ) -> None:

@@ -61,8 +61,10 @@ class Warm:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,11 @@ class Workshop:
     Args:
         folder: the copy.
         warm: runs its stages.
+        whole: what it is a copy of.
     """
 
-    def __init__(self, folder: Path, warm: Warm) -> None:
-        self.folder, self.warm = folder, warm
+    def __init__(self, folder: Path, warm: Warm, whole: Path) -> None:
+        self.folder, self.warm, self._finished = folder, warm, whole
         self.whole = {stage: self.outputs(stage) for stage in STAGES}
         self._counts: dict[tuple[str, str], int] = {}
         self._seconds: dict[str, float] = {}
@@ -127,6 +130,7 @@ class Workshop:
         """How many such events an undisturbed run of a stage has."""
         if (stage, events) not in self._counts:
             note = self._output("count")
+            note.unlink(missing_ok=True)
             self.clear(stage)
             done = self.run(stage, Fault(action="count", events=events, note=str(note)))
             assert done.code == 0, done.output
@@ -157,6 +161,14 @@ class Workshop:
                 shutil.rmtree(target)
             target.unlink(missing_ok=True)
         shutil.rmtree(self.folder / ".ckpt", ignore_errors=True)
+
+    def mend(self) -> None:
+        """Make everything whole again after a test that failed; no effect after one that did not."""
+        if all(self.outputs(stage) == self.whole[stage] for stage in STAGES):
+            return
+        for name in ("data", "runs"):
+            shutil.rmtree(self.folder / name)
+            shutil.copytree(self._finished / name, self.folder / name)
 
     def outputs(self, stage: str) -> dict[str, str]:
         """Every file of a stage's outputs, temporary ones included, with its digest; without
