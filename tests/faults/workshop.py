@@ -163,7 +163,7 @@ class Workshop:
         shutil.rmtree(self.folder / ".ckpt", ignore_errors=True)
 
     def mend(self) -> None:
-        """Make everything whole again after a test that failed; no effect after one that did not."""
+        """Make everything whole again after a test that failed."""
         if all(self.outputs(stage) == self.whole[stage] for stage in STAGES):
             return
         for name in ("data", "runs"):
