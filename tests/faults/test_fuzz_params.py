@@ -259,7 +259,7 @@ def test_the_files_text(tmp_path: Path, part: int) -> None:
     """Accepted, or refused in one line; a text with the same values gives the same params."""
     file = tmp_path / PARAMS_FILE
     bare = "\n".join(line for line in TEXT.splitlines() if line.split("#")[0].strip())
-    for number in range(often(5, 60)):
+    for number in range(often(10, 60)):
         chance = dice("text", part, number)
         text = mutate_text(chance, bare)
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
