@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.errors import GateError, InputError
+from lib.base.progress import track
 from lib.model.adapter import change_of, remove_adapters
 from lib.model.linear import LutLinear, make_scale
 from lib.model.surgery import replace_module
@@ -106,7 +107,8 @@ def merge_adapters(model: PreTrainedModel, *, refit_scales: bool) -> dict[str, M
         GateError: see :func:`merge_layer`.
     """
     found: dict[str, Moved] = {}
-    for name, adapter in remove_adapters(model).items():
+    adapters = remove_adapters(model)
+    for name, adapter in track(adapters.items(), len(adapters), "merging layers"):
         layer = model.get_submodule(name)
         if not isinstance(layer, LutLinear) or layer.weight is not None:
             raise InputError(
