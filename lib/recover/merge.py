@@ -8,9 +8,11 @@ Shapes: W, W_q, indices ``[out, in]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -108,7 +110,10 @@ def merge_adapters(model: PreTrainedModel, *, refit_scales: bool) -> dict[str, M
     """
     found: dict[str, Moved] = {}
     adapters = remove_adapters(model)
-    for name, adapter in track(adapters.items(), len(adapters), "merging layers"):
+    pairs: Iterable[tuple[str, LoraLayer]] = adapters.items()
+    if refit_scales:  # the rest takes a moment
+        pairs = track(pairs, len(adapters), "merging layers")
+    for name, adapter in pairs:
         layer = model.get_submodule(name)
         if not isinstance(layer, LutLinear) or layer.weight is not None:
             raise InputError(
