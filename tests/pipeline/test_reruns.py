@@ -62,3 +62,22 @@ def test_same_params_same_results(project: Project) -> None:
     assert project.ran() == ["scales", "evaluate"]
     assert project.outputs("scales") == scales
     assert project.metrics("evaluate") == metrics
+
+
+@pytest.mark.parametrize("stage", ["sensitivity", *TRAINED[: TRAINED.index("snap") + 1], "recover"])
+def test_what_takes_minutes_can_be_restored(stage: str) -> None:
+    """DVC keeps no run cache of a stage with outs that it does not cache (metrics do not count)."""
+    outs = read_yaml(ROOT / "dvc.yaml")["stages"][stage]["outs"]
+    assert outs and all(isinstance(out, str) for out in outs)  # none has options
+
+
+def test_an_earlier_result_is_restored(project: Project) -> None:
+    before = project.read("params.yaml"), project.read("runs/sensitivity/scores.json")
+    project.set("sensitivity", "batches", "2")
+    project.dvc("repro", "sensitivity")
+    assert project.ran() == ["sensitivity"]
+    assert project.read("runs/sensitivity/scores.json") != before[1]
+    (project.folder / "params.yaml").write_text(before[0], encoding="utf-8")
+    assert "'sensitivity' is cached" in project.dvc("repro", "sensitivity")
+    assert project.ran() == []
+    assert project.read("runs/sensitivity/scores.json") == before[1]
