@@ -6,6 +6,7 @@ shared ids ``[B, R]`` for P = B * T positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,20 @@ def shared_logits(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
         return torch.bmm(hidden.float(), head[ids].transpose(1, 2))
 
 
+def _chunked(chunk: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> tuple[Tensor, ...]:
+    """What ``chunk`` makes of so many positions at a time, joined; recomputed in backward.
+
+    Args:
+        each: ``[P, ...]``, cut alike.
+    """
+    with torch.autocast(each[0].device.type, enabled=False):
+        parts = [
+            checkpoint(chunk, *some, use_reentrant=False)
+            for some in zip(*(values.split(CHUNK) for values in each), strict=True)
+        ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 class FullVocabulary(NamedTuple):
     """What the losses over the whole vocabulary need, each ``[P]``."""
 
@@ -79,15 +94,11 @@ def full_vocabulary(
     Args:
         hidden: ``[P, D]``; head: ``[V, D]``; labels, top1: ids ``[P]``.
     """
-    parts = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for h, label, best in zip(
-            hidden.float().split(CHUNK), labels.split(CHUNK), top1.split(CHUNK), strict=True
-        ):
-            parts.append(
-                checkpoint(_full_chunk, h, head, label, best, temperature, use_reentrant=False)
-            )
-    return FullVocabulary(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def chunk(h: Tensor, label: Tensor, best: Tensor) -> tuple[Tensor, ...]:
+        return _full_chunk(h, head, label, best, temperature)
+
+    return FullVocabulary(*_chunked(chunk, hidden.float(), labels, top1))
 
 
 class FullDistillation(NamedTuple):
@@ -134,17 +145,12 @@ def full_distillation(
         hidden: ``[P, D]``; head: ``[V, D]``; teacher_hidden: ``[P, D_t]``; teacher_head:
             ``[V, D_t]``; labels: ids ``[P]``.
     """
-    parts = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for h, t, label in zip(
-            hidden.float().split(CHUNK),
-            teacher_hidden.detach().float().split(CHUNK),
-            labels.split(CHUNK),
-            strict=True,
-        ):
-            chunk = (h, head, t, teacher_head, label, temperature)
-            parts.append(checkpoint(_distillation_chunk, *chunk, use_reentrant=False))
-    return FullDistillation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def chunk(h: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        return _distillation_chunk(h, head, t, teacher_head, label, temperature)
+
+    wanted = teacher_hidden.detach().float()
+    return FullDistillation(*_chunked(chunk, hidden.float(), wanted, labels))
 
 
 def _sampled_chunk(
@@ -189,24 +195,21 @@ def sampled_distillation(
         hidden: ``[P, D]``; head: ``[V, D]``; ids ``[P, K]``, with the teacher's log-probabilities
             at T and weights; labels, top1: ids ``[P]``.
     """
-    parts = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        each = (hidden.float(), ids, logprobs, weights, labels, top1)
-        for h, *targets in zip(*(value.split(CHUNK) for value in each), strict=True):
-            chunk = (h, head, *targets, temperature)
-            parts.append(checkpoint(_sampled_chunk, *chunk, use_reentrant=False))
-    return FullDistillation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def chunk(
+        h: Tensor, i: Tensor, logp: Tensor, w: Tensor, label: Tensor, best: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _sampled_chunk(h, head, i, logp, w, label, best, temperature)
+
+    each = (hidden.float(), ids, logprobs, weights, labels, top1)
+    return FullDistillation(*_chunked(chunk, *each))
 
 
 def label_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy ``[P]`` on the labels ``[P]``, chunk by chunk, recomputed in backward."""
 
-    def chunk(h: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(h @ head.T, label, reduction="none")
+    def chunk(h: Tensor, label: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(h @ head.T, label, reduction="none"),)
 
-    with torch.autocast(hidden.device.type, enabled=False):
-        parts = [
-            checkpoint(chunk, h, label, use_reentrant=False)
-            for h, label in zip(hidden.float().split(CHUNK), labels.split(CHUNK), strict=True)
-        ]
-    return torch.cat(parts)
+    (losses,) = _chunked(chunk, hidden.float(), labels)
+    return losses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lib.base.errors import MismatchError
 from lib.cache.shards import CachedBatch, CacheReader
 from lib.cache.spec import CacheSpec
-from lib.distill.head import candidate_logits, full_vocabulary, shared_logits
+from lib.distill.head import FullDistillation, candidate_logits, full_vocabulary, shared_logits
 from lib.distill.losses import cross_entropy, hard_top1, kd_candidates, kd_tail
 from lib.objective.loss import LossSums
 
@@ -26,6 +26,23 @@ class PositionLoss:
     soft: Tensor
     hard: Tensor
     mask: Tensor
+
+    @classmethod
+    def over_vocabulary(
+        cls,
+        losses: FullDistillation,
+        mask: Tensor,
+        *,
+        distill_weight: float,
+        hard_full_weight: float,
+    ) -> Self:
+        """``w KD + (1 - w) CE(labels)`` and ``hf CE(top-1)``; mask bool ``[B, P / B]``."""
+        return cls(
+            kd=losses.kd,
+            soft=distill_weight * losses.kd + (1 - distill_weight) * losses.label,
+            hard=hard_full_weight * losses.top1,
+            mask=mask.flatten(),
+        )
 
     def sums(self, soft_weight: float = 1.0) -> LossSums:
         """Sums over the positions that count; the soft part weighted."""

@@ -99,11 +99,11 @@ class LiveObjective:
         losses = full_distillation(
             _hidden(model, batch), head, wanted, teacher_head, labels, self.temperature
         )
-        return PositionLoss(
-            kd=losses.kd,
-            soft=self.distill_weight * losses.kd + (1 - self.distill_weight) * losses.label,
-            hard=self.hard_full_weight * losses.top1,
-            mask=batch.mask.flatten(),
+        return PositionLoss.over_vocabulary(
+            losses,
+            batch.mask,
+            distill_weight=self.distill_weight,
+            hard_full_weight=self.hard_full_weight,
         ).sums()
 
 
