@@ -30,9 +30,9 @@ from lib.cache.spec import CacheSpec
 from lib.capture.build import build_cache
 from lib.capture.texts import held_places
 from lib.model.load import (
-    first_line,
     folder_fingerprint,
     load_causal_lm,
+    load_pickled,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -222,14 +222,7 @@ def read_shard(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: it is no such file; names the key that is wrong.
     """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile pickle provokes
-        reason = first_line(error).split(". ")[0]
-        raise InputError(
-            f"{file} is refused: not a PyTorch file of tensors alone ({reason}); give the "
-            "reference's cache as it wrote it"
-        ) from None
+    content = load_pickled(file, remedy="give the reference's cache as it wrote it")
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no dictionary but {type(content).__name__}")
     names = [*_KEYS, *(name for name in _NEGATIVES if name in content)]

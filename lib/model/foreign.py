@@ -33,7 +33,7 @@ from lib.base.errors import InputError, MismatchError
 from lib.base.files import read_json, sha256_file
 from lib.base.progress import track
 from lib.model.foreign_layer import ForeignLayer, import_layer
-from lib.model.load import first_line, folder_fingerprint, load_causal_lm
+from lib.model.load import folder_fingerprint, load_causal_lm, load_pickled
 from lib.model.surgery import is_mlp, projections, replace_module
 
 STATE_FILE = "model_state_dict.pt"
@@ -91,14 +91,7 @@ def read_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not file.is_file():
         raise InputError(f"{file} does not exist; give the .pt file of a reference checkpoint")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile pickle provokes
-        reason = first_line(error).split(". ")[0]
-        raise InputError(
-            f"{file} is refused: not a PyTorch file of tensors alone ({reason}); "
-            "save the model's state_dict() and nothing else"
-        ) from None
+    content = load_pickled(file, remedy="save the model's state_dict() and nothing else")
     config: Any = {}
     while isinstance(content, dict) and (inner := next((k for k in _WRAPPERS if k in content), "")):
         config = content.get("config", config)

@@ -119,3 +119,18 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message: the rest is advice about other programs."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_pickled(file: Path, *, remedy: str) -> Any:
+    """What a foreign ``.pt`` file holds. Nothing in it is executed (``weights_only=True``).
+
+    Raises:
+        InputError: it is broken, or holds more than tensors in plain containers.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile pickle provokes
+        reason = first_line(error).split(". ")[0]
+        raise InputError(
+            f"{file} is refused: not a PyTorch file of tensors alone ({reason}); {remedy}"
+        ) from None
