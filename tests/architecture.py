@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pathspec import GitIgnoreSpec
 from ruamel.yaml import YAML
 
 LAYERS: dict[str, int] = {
@@ -249,6 +250,19 @@ def overlapping_outputs(stages: dict[str, Any]) -> list[str]:
         for other_index, (other, other_path) in enumerate(everything)
         if index != other_index and is_under(path, other_path)
     ]
+
+
+def misplaced_outputs(ignored: Iterable[str], stages: dict[str, Any]) -> list[str]:
+    """Outputs that neither git nor DVC keeps, or both do; ``ignored`` are lines of .gitignore."""
+    spec, found = GitIgnoreSpec.from_lines(ignored), []
+    for stage in stages.values():
+        entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, ())]
+        for entry in entries:
+            path, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+            by_dvc, by_git = options.get("cache", True), not spec.match_file(path)
+            if by_dvc is by_git:
+                found.append(f"{path}: kept {'twice' if by_git else 'nowhere'}")
+    return found
 
 
 def undeclared_keys(values: dict[str, Any], stages: dict[str, Any]) -> list[str]:

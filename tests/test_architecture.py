@@ -54,6 +54,10 @@ class TestThisRepository:
     def test_outputs_do_not_overlap(self, stages: dict[str, Any]) -> None:
         assert check.overlapping_outputs(stages) == []
 
+    def test_git_keeps_what_dvc_does_not(self, stages: dict[str, Any]) -> None:
+        ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+        assert check.misplaced_outputs(ignored, stages) == []
+
     def test_every_key_is_declared_but_run(self, stages: dict[str, Any]) -> None:
         assert check.undeclared_keys(check.load_yaml(ROOT / "params.yaml"), stages) == []
 
@@ -171,6 +175,16 @@ def test_overlaps_are_found() -> None:
     assert check.overlapping_outputs(apart) == []
     assert check.overlapping_outputs({**apart, "b": {"plots": ["data/a/x/log.csv"]}})
     assert check.overlapping_outputs({**apart, "b": {"outs": ["data/a/x"]}})
+
+
+def test_outputs_kept_nowhere_or_twice_are_found() -> None:
+    git = {"runs/a/metrics.json": {"cache": False}}
+    stages = {"a": {"outs": ["runs/a/model"], "metrics": [git], "plots": [{"runs/a/x.csv": {}}]}}
+    ignored = ["/runs/*/*", "!/runs/*/metrics.json"]
+    assert check.misplaced_outputs(ignored, stages) == []
+    assert check.misplaced_outputs(ignored[:1], stages) == ["runs/a/metrics.json: kept nowhere"]
+    kept = [*ignored, "!/runs/*/model"]
+    assert check.misplaced_outputs(kept, stages) == ["runs/a/model: kept twice"]
 
 
 def test_undeclared_keys_are_found() -> None:
