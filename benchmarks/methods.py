@@ -29,8 +29,8 @@ SPEC = {
     "range": 0.65,
     "init": "importance",
     "refit_steps": 4,
-    "calibration_sequences": 16,
 }
+CALIBRATION = 16  # sequences
 COMMON = {
     "batch_size": 4,
     "schedule": "cosine",
@@ -75,16 +75,16 @@ def _train(settings: dict[str, Any], seed: int, scratch: Path) -> tuple[Any, dic
     """A trained model, and seconds, held-out KD before and after, peak bytes."""
     import torch
 
+    from benchmarks.training import untrained
     from lib.base.device import set_threads
     from lib.cache.shards import CacheReader
     from lib.evaluate.memory import reset_peak
     from lib.params.methods import Blockwise, Layerwise
-    from lib.params.specs import model_spec
     from lib.params.training import Distill, Quant, Weights
     from lib.train.by_block import Task, train_by_block
     from lib.train.loop import Trainer
     from lib.train.method import ByBlock
-    from lib.train.run import objective_of, start_from_teacher
+    from lib.train.run import objective_of
 
     set_threads(0)
     given = dict(settings)
@@ -93,19 +93,19 @@ def _train(settings: dict[str, Any], seed: int, scratch: Path) -> tuple[Any, dic
         "blockwise": Blockwise(**given.pop("blockwise", {})),
     }
     params = Weights(**{**COMMON, **given}, seed=seed, hard_top1_weight=0.0, hard_full_weight=0.0)
-    start = start_from_teacher(DATA / "teacher", DATA / "cache", model_spec(Quant(**SPEC)))
+    model = untrained(DATA / "teacher", DATA / "cache", Quant(**SPEC), CALIBRATION)
     train, val = (CacheReader(DATA / "cache" / split) for split in ("train", "val"))
     objective = objective_of(params, Distill(), train)
     reset_peak()
     began = time.perf_counter()
-    sets = (start.model, params, objective, train, val, torch.device("cpu"), scratch)
+    sets = (model, params, objective, train, val, torch.device("cpu"), scratch)
     if params.method == "e2e":
         progress = Trainer(*sets).run(lambda _: None).progress
     else:
         scores = Path("runs/sensitivity/scores.json")
         chosen = ByBlock(method=params.method, teacher=DATA / "teacher", scores=scores, **ways)
         progress = train_by_block(chosen.make(Task(*sets)), scratch, lambda _: None)
-    return start.model, {
+    return model, {
         "seconds": time.perf_counter() - began,
         "kd_before": progress.initial_loss,
         "kd_after": progress.best_loss,

@@ -54,9 +54,10 @@ class Method:
 
 def _own(about: str, rates: dict[str, float], **quant: Any) -> Method:
     """A recipe of this project: weights and scales trained together from a refitted start."""
-    start = {"init": "importance", "refit_steps": 4, "calibration_sequences": 16}
+    start = {"init": "importance+gptq", "refit_steps": 4}
     quant = {**start, "scale": "directional", "range": 0.65, **quant}
-    return Method(make=training.at_once, about=about, settings={"quant": quant, "rates": rates})
+    settings = {"quant": quant, "rates": rates, "sequences": 64}
+    return Method(make=training.at_once, about=about, settings=settings)
 
 
 def _int(bits: int, group_size: int) -> dict[str, int]:

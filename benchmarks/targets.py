@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import COMMON, RATES, SPEC
+from benchmarks.methods import CALIBRATION, COMMON, RATES, SPEC
 from benchmarks.record import machine, save
 from benchmarks.rivals import peak_memory
 from lib.cache.spec import CacheSpec
@@ -88,14 +88,14 @@ def _train(arm: str, seed: int, work: Path, options: argparse.Namespace) -> tupl
     """A trained model; seconds, held-out KD before and after, peak bytes."""
     import torch
 
+    from benchmarks.training import untrained
     from lib.base.device import set_threads
     from lib.cache.shards import CacheReader
     from lib.evaluate.memory import reset_peak
     from lib.objective.live import TextBatches
-    from lib.params.specs import model_spec
     from lib.params.training import Distill, Quant, Weights
     from lib.train.loop import Trainer
-    from lib.train.run import lesson_of, start_from_teacher
+    from lib.train.run import lesson_of
     from lib.train.source import LiveTeacher
 
     set_threads(options.threads)
@@ -105,7 +105,7 @@ def _train(arm: str, seed: int, work: Path, options: argparse.Namespace) -> tupl
     tail = arm == "topk_tail"
     distill = Distill(temperature=options.temperature, target="tail" if tail else "candidates")
     cache = work / ("sampled" if arm == "sampled" else "topk")
-    start = start_from_teacher(options.teacher, cache, model_spec(Quant(**SPEC)))
+    model = untrained(options.teacher, cache, Quant(**SPEC), CALIBRATION)
     train, val = CacheReader(cache / "train"), CacheReader(work / "topk" / "val")
     device = torch.device("cpu")
     loss: Any
@@ -117,9 +117,9 @@ def _train(arm: str, seed: int, work: Path, options: argparse.Namespace) -> tupl
         rows = TextBatches(text.tokens.first(len(train)))
     reset_peak()
     began = time.perf_counter()
-    trainer = Trainer(start.model, params, loss, rows, val, device, work / "run" / arm)
+    trainer = Trainer(model, params, loss, rows, val, device, work / "run" / arm)
     progress = trainer.run(lambda _: None).progress
-    return start.model, {
+    return model, {
         "seconds": time.perf_counter() - began,
         "kd_before": progress.initial_loss,
         "kd_after": progress.last_loss,

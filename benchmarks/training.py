@@ -21,6 +21,7 @@ from lib.cache.shards import CacheReader
 from lib.capture.build import capture_rows
 from lib.model.calibrate import quantize_calibrated
 from lib.model.linear import ParameterRole
+from lib.model.load import load_causal_lm
 from lib.model.size import model_size
 from lib.model.surgery import quantized_layers
 from lib.params.load import load_params
@@ -161,11 +162,12 @@ def staged(work: Work) -> Made:
     """The default recipe's way to 4 bits: quantize, then stages scales, weights and finetune."""
     params = load_params(work.params)
     stages: list[TrainConfig] = [params.scales, params.weights, params.finetune]
-    return _own(work, params.quant, [stage for stage in stages if stage.steps], params.distill)
+    stages = [stage for stage in stages if stage.steps]
+    return _own(work, params.quant, params.calibrate.sequences, stages, params.distill)
 
 
-def at_once(work: Work, quant: dict[str, Any], rates: dict[str, float]) -> Made:
-    """Quantize, then train scales and weights together."""
+def at_once(work: Work, quant: dict[str, Any], rates: dict[str, float], sequences: int) -> Made:
+    """Quantize, looking at ``sequences`` of the text, then train scales and weights together."""
     section = Weights(
         rates=rates,  # type: ignore[arg-type]
         schedule="cosine",
@@ -174,13 +176,23 @@ def at_once(work: Work, quant: dict[str, Any], rates: dict[str, float]) -> Made:
         hard_top1_weight=0.0,
         hard_full_weight=0.0,
     )
-    return _own(work, Quant(**quant), [section], Distill())
+    return _own(work, Quant(**quant), sequences, [section], Distill())
 
 
-def _own(work: Work, quant: Quant, sections: list[TrainConfig], distill: Distill) -> Made:
+def untrained(teacher: Path, cache: Path, quant: Quant, sequences: int) -> PreTrainedModel:
+    """A teacher quantized, looking at the first ``sequences`` of its cache where that is needed."""
+    model = load_causal_lm(teacher)
+    text = CacheReader(cache / "train").sequences
+    quantize_calibrated(model, model_spec(quant), lambda: text(sequences))
+    return model
+
+
+def _own(
+    work: Work, quant: Quant, sequences: int, sections: list[TrainConfig], distill: Distill
+) -> Made:
     model = work.teacher()
     ids, lengths = work.text()
-    quantize_calibrated(model, model_spec(quant), lambda n: (ids[:n], lengths[:n]))
+    quantize_calibrated(model, model_spec(quant), lambda: (ids[:sequences], lengths[:sequences]))
     run = train(work, model, list(sections), distill=distill)
     bits = model_size(model).bits_per_layer_weight
     assert bits is not None

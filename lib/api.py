@@ -138,13 +138,13 @@ def make_cache(
 
 
 def quantize(
-    teacher: PreTrainedModel, *, cache: AnyPath | None = None, **quant: Any
+    teacher: PreTrainedModel, *, cache: AnyPath | None = None, sequences: int = 64, **quant: Any
 ) -> PreTrainedModel:
     """A quantized copy of ``teacher``, untrained; the teacher stays as it is.
 
     Args:
         cache: folder of :func:`make_cache`; for any ``init`` but ``"maxabs"``: the others look at
-            activations on its sequences.
+            activations on its first ``sequences`` rows, as section `calibrate` of params.yaml.
         quant: keys of section `quant` of params.yaml (lut_size, rank, group_size, scale, ...).
 
     Raises:
@@ -155,13 +155,13 @@ def quantize(
     spec = model_spec(wanted)
     model = copy.deepcopy(teacher)
 
-    def sequences(count: int) -> tuple[Tensor, Tensor]:
+    def text() -> tuple[Tensor, Tensor]:
         if cache is None:
             raise ParamsError(f"quantize: init {wanted.init!r} needs text; pass cache=FOLDER")
         reader = CacheReader(Path(cache) / "train", {"teacher": teacher_of(teacher)})
-        return reader.sequences(count)
+        return reader.sequences(sequences)
 
-    quantize_calibrated(model, spec, sequences)
+    quantize_calibrated(model, spec, text)
     model.requires_grad_(False)
     set_info(model, {**info_of(teacher), "stage": "quantize"})
     return model

@@ -1,4 +1,4 @@
-"""evaluate: the ladder over the teacher, the untrained quantized model and every stage.
+"""evaluate: the ladder over the teacher and every stage.
 
 Usage: python -m stages.evaluate TEACHER TOKENS RUNS OUT
 """
@@ -12,15 +12,13 @@ from lib.base.device import resolve_device, set_threads
 from lib.base.stage import run_stage
 from lib.evaluate.ladder import HeldOut, Rung, measure_ladder
 from lib.evaluate.report import write_ladder
-from lib.evaluate.untrained import load_untrained
 from lib.model.adapter_files import has_adapter
 from lib.model.checkpoint import load_checkpoint
 from lib.model.load import load_causal_lm, load_tokenizer
 from lib.params.load import stage_params
-from lib.params.specs import model_spec
 from lib.text.sequences import TokenSet, read_stream
 
-STAGES = ("scales", "weights", "finetune", "convert", "finetune_q2", "snap")
+STAGES = ("quant", "scales", "weights", "finetune", "convert", "finetune_q2", "snap")
 
 
 def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
@@ -28,12 +26,7 @@ def main(teacher: Path, tokens: Path, runs: Path, out: Path) -> None:
     params = stage_params("evaluate")
     set_threads(params.run.threads)
     device = resolve_device(params.run.device)
-    spec = model_spec(params.quant)
-    untrained = partial(load_untrained, teacher, tokens / "train", spec)
-    rungs = [
-        Rung(name="teacher", load=partial(load_causal_lm, teacher), folder=teacher),
-        Rung(name="untrained", load=untrained),
-    ]
+    rungs = [Rung(name="teacher", load=partial(load_causal_lm, teacher), folder=teacher)]
     for stage in STAGES:
         folder = runs / stage / "model"
         rungs.append(Rung(name=stage, load=lambda f=folder: load_checkpoint(f)[0], folder=folder))

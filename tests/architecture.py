@@ -25,6 +25,7 @@ LAYERS: dict[str, int] = {
     "lib.objective": 3,
     "lib.capture": 4,
     "lib.sensitivity": 4,
+    "lib.start": 4,
     "lib.train": 4,
     "lib.convert": 4,
     "lib.snap": 4,
@@ -43,7 +44,7 @@ FACES = 6
 MAX_FILE_LINES = 399
 MAX_FUNCTION_LINES = 79
 MAX_STAGE_LINES = 60
-SHARED_SECTIONS = ("quant", "distill", "layerwise", "blockwise", "prox", "run")
+SHARED_SECTIONS = ("distill", "layerwise", "blockwise", "prox", "run")
 MAY_SEE_TEST_TEXT = ("tokens", "evaluate", "ane_check")
 UNLISTED = ("__pycache__", "runs", "wandb", "dvc_plots", "dvc.lock")
 """Top-level names that the README's tree may leave out: they appear when things run."""

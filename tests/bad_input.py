@@ -26,15 +26,18 @@ from lib.params.profile import apply_profile
 from lib.snap.run import snap_stage
 
 ROOT = Path(__file__).parents[1]
+MOMENTS = "runs/calibrate/moments.safetensors"
 SCORES = "runs/sensitivity/scores.json"
 ARGUMENTS = {
     "teacher": "data/teacher",
     "tokens": "data/teacher data/tokens",
     "cache": "data/teacher data/tokens data/cache",
-    "sensitivity": "data/teacher data/cache runs/sensitivity",
-    "scales": f"data/teacher data/cache data/tokens {SCORES} runs/scales",
+    "calibrate": "data/teacher data/tokens runs/calibrate",
+    "quant": f"data/teacher {MOMENTS} runs/quant",
+    "sensitivity": "data/teacher runs/quant/model data/cache runs/sensitivity",
+    "scales": f"runs/quant/model data/cache data/teacher data/tokens {SCORES} runs/scales",
     "weights": f"runs/scales/model data/cache data/teacher data/tokens {SCORES} runs/weights",
-    "convert": "runs/scales/model data/cache runs/convert",
+    "convert": f"runs/scales/model data/cache {MOMENTS} runs/convert",
     "snap": "runs/scales/model runs/snap",
     "recover": "runs/snap/model data/teacher data/cache data/tokens runs/recover",
     "ane_check": "runs/snap/model data/tokens runs/ane_check",
@@ -42,6 +45,7 @@ ARGUMENTS = {
     "evaluate": "data/teacher data/tokens runs runs/evaluate",
 }
 """Command lines as in dvc.yaml, but with the stages between scales and snap left out."""
+BEFORE_TRAINING = ("teacher", "tokens", "calibrate", "quant", "cache")
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,13 @@ def both(*damages: Callable[[], None]) -> Callable[[], None]:
 def other_teacher() -> None:
     """The same architecture with other weights."""
     bring_teacher("random:llama", None, 1, Path("data/teacher"))
+
+
+def other_start() -> None:
+    """Another teacher, quantized."""
+    other_teacher()
+    for stage in ("calibrate", "quant"):
+        run_stage(stage)
 
 
 def smaller_vocabulary() -> None:

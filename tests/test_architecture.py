@@ -163,11 +163,11 @@ def test_names_are_compared_both_ways(tmp_path: Path) -> None:
         "a": {"cmd": "python -m stages.a runs/a", "outs": ["runs/a/model"]},
         "b": {"cmd": "python -m stages.a runs/b", "metrics": [{"runs/a/m.json": {}}]},
     }
-    found = check.naming_violations(tmp_path, stages, ["a", "d", "quant"])
+    found = check.naming_violations(tmp_path, stages, ["a", "d", "distill"])
     assert [line.split(":")[0] for line in found] == ["b", "c", "b", "d", "b", "b"]
     good = {"a": stages["a"]}
     (tmp_path / "stages/c.py").unlink()
-    assert check.naming_violations(tmp_path, good, ["a", "quant"]) == []
+    assert check.naming_violations(tmp_path, good, ["a", "distill"]) == []
 
 
 def test_overlaps_are_found() -> None:

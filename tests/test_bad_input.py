@@ -84,12 +84,12 @@ CASES = {
         params(weights__rates__weight=0.0), "weights", ParamsError, "weights.rates | above 0"
     ),
     "undeclared key": Case(
-        edit("dvc.yaml", "      - scales\n      - quant\n      - distill\n", "      - scales\n"),
-        *("scales", LutqatError, "stage scales reads quant | add quant to stages.scales.params"),
+        edit("dvc.yaml", "      - scales\n      - distill\n", "      - scales\n"),
+        *("scales", LutqatError, "scales reads distill | add distill to stages.scales.params"),
     ),
     "rank above the layer's": Case(
         params(quant__rank=65),
-        *("scales", ParamsError, "rank 65 | model.layers.0. | use at most"),
+        *("quant", ParamsError, "rank 65 | model.layers.0. | use at most"),
     ),
     "converted rank above the layer's": Case(
         params(convert__rank=65), "convert", ParamsError, "rank 65 | mlp | use at most 64"
@@ -201,7 +201,7 @@ CASES = {
     ),
     # training and conversion
     "another teacher's cache": Case(
-        bad.other_teacher, "scales", MismatchError, "data/cache/train was made with teacher | rerun"
+        bad.other_start, "scales", MismatchError, "data/cache/train was made with teacher | rerun"
     ),
     "shard cut off": Case(
         truncate(TRAIN_SHARD), "scales", CorruptError, f"{TRAIN_SHARD} is short | rerun the cache"
@@ -279,7 +279,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad.make_project(folder)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DVC_ROOT", raising=False)
-        for stage in ("teacher", "tokens", "cache", "scales", "snap"):
+        for stage in (*bad.BEFORE_TRAINING, "scales", "snap"):
             bad.run_stage(stage)
     return folder
 
@@ -328,9 +328,8 @@ def test_one_line_and_nothing_lost(
 
 
 def test_undamaged_the_stages_run(project: Path) -> None:
-    for stage in ("teacher", "tokens", "cache", "scales", "weights", "convert", "snap"):
+    for stage in (*bad.BEFORE_TRAINING, "scales", "weights", "convert", "snap", "ane_check"):
         bad.run_stage(stage)
-    bad.run_stage("ane_check")
 
 
 def test_a_broken_limit_stops_with_the_report_written(

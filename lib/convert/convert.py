@@ -10,6 +10,7 @@ used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -86,7 +87,9 @@ def _bias(layer: LutLinear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
 
-def fewer_levels(layer: LutLinear, target: LinearSpec, name: str, moments: Tensor) -> LutLinear:
+def fewer_levels(
+    layer: LutLinear, target: LinearSpec, name: str, moments: Tensor | None
+) -> LutLinear:
     """The layer's present weight quantized anew with the target's levels and rank."""
     with torch.no_grad():
         return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, moments)
@@ -131,13 +134,13 @@ def _check_kept(name: str, layer: LutLinear, target: LinearSpec) -> None:
 
 
 def convert_model(
-    model: PreTrainedModel, spec: ModelSpec, moments: dict[str, Tensor]
+    model: PreTrainedModel, spec: ModelSpec, moments: Mapping[str, Tensor] | None
 ) -> dict[str, int]:
     """Convert every quantized layer in place.
 
     Args:
-        moments: E[x^2] per layer of the model as it is now, or E[x x^T] where the spec asks for
-            error feedback.
+        moments: E[x^2] of each layer's inputs, where the spec asks for refits, or E[x x^T], where
+            it asks for error feedback.
 
     Returns:
         ``{"converted": layers with fewer levels now, "kept": layers with the same levels}``.
@@ -156,7 +159,7 @@ def convert_model(
             counts["kept"] += 1
             return keep_levels(module, target, spec.seed)
         counts["converted"] += 1
-        return fewer_levels(module, target, name, moments[name])
+        return fewer_levels(module, target, name, None if moments is None else moments[name])
 
     replace_layers(model, layers, make, "converting layers")
     return counts

@@ -12,8 +12,8 @@ from lib.base.errors import MismatchError
 from lib.base.files import write_json
 from lib.cache.shards import CacheReader
 from lib.convert.convert import convert_by_reference_rule, convert_model
-from lib.model.calibrate import input_moments
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.moments import StoredMoments
 from lib.model.surgery import has_masters, quantized_layers
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
@@ -35,6 +35,7 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
 def convert_stage(
     checkpoint: Path,
     cache: Path,
+    moments: Path,
     out: Path,
     *,
     params: Convert,
@@ -47,17 +48,24 @@ def convert_stage(
     The held-out KD loss is measured before, after, and after what the reference
     implementation's rule makes of the same checkpoint.
 
+    Args:
+        moments: file of the stage `calibrate`; not opened where the params need none.
+        declared: fingerprint of the params that define the run.
+
     Raises:
-        MismatchError: the cache is another teacher's, or the checkpoint is snapped.
+        MismatchError: cache or moments are another teacher's, or the checkpoint is snapped.
         InputError, ParamsError: see :func:`lib.convert.convert.convert_model`.
     """
     set_threads(run.threads)
     device = resolve_device(run.device)
     model, info, ste_fp16 = _load(checkpoint)
     expect = {"teacher": info.get("teacher"), "vocab_size": model.config.vocab_size}
-    train, val = CacheReader(cache / "train", expect), CacheReader(cache / "val", expect)
+    val = CacheReader(cache / "val", expect)
     objective = make_objective(val, temperature=distill.temperature, target=distill.target)
     spec = target_spec(params, ste_fp16)
+    used = None
+    if spec.refits or spec.feedback:
+        used = StoredMoments(moments, teacher=info.get("teacher", ""), full=spec.feedback)
 
     def measure(candidate: PreTrainedModel) -> float:
         return held_out_loss(candidate, objective, val, params.eval_sequences, device)
@@ -69,9 +77,7 @@ def convert_stage(
     del rival
     model.to(device)  # type: ignore[arg-type]
     before = measure(model)
-    text = train.sequences(params.calibration_sequences)
-    moments = input_moments(model, *text, full=spec.feedback)
-    counts = convert_model(model, spec, moments)
+    counts = convert_model(model, spec, used)
     metrics = {
         "kd_before": before,
         "kd_after": measure(model),
@@ -82,7 +88,7 @@ def convert_stage(
         "stage": "convert",
         "teacher": info.get("teacher"),
         "parent": read_config(checkpoint)["fingerprint"],
-        "cache": train.fingerprint,
+        "moments": used.info["fingerprint"] if used else None,
         "params": declared,
         "result": metrics,
     }

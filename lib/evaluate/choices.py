@@ -67,7 +67,7 @@ SETS = {
         prompt="Question: {question}\n{options}\nAnswer:",
         lettered=True,
     ),
-    "package:boolq": ChoiceSet(  # 2,130 of the 3,270 validation items
+    "package:boolq": ChoiceSet(  # 2,188 of the 3,270 validation items
         member=BOOLQ_DEV_MEMBER,
         prompt="{title} -- {passage}\nQuestion: {question}?\nAnswer:",
         yes_no=True,

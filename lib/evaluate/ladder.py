@@ -1,4 +1,4 @@
-"""The ladder: the same measurements for the teacher, the untrained model and every stage."""
+"""The ladder: the same measurements for the teacher and every stage."""
 
 from __future__ import annotations
 

@@ -1,23 +1,30 @@
-"""How the inputs of each projection are used over calibration text, and quantization by it."""
+"""How the inputs of each projection are used over calibration text."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.base.errors import NonFiniteError
+from lib.base.files import atomic_file
 from lib.base.progress import track
 from lib.model.surgery import projections, quantize_model
 from lib.quant.spec import ModelSpec
 
 BATCH = 8  # sequences at a time
+SAVE_SECONDS = 60.0  # a killed run loses no more than this
 
 
-class _Sums:
+class MomentSums:
     """Sums over tokens of x^2, or of x x^T, of the inputs of every layer.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one sum.
@@ -51,10 +58,31 @@ class _Sums:
         means = {name: (total / tokens).float() for name, total in self.sums.items()}
         return {name: means[owner] for name, owner in self.owner.items()}
 
+    def save(self, file: Path, batches: int) -> None:
+        """Keep what ``batches`` have added up to."""
+        meta = {"owner": json.dumps(self.owner), "batches": str(batches)}
+        with atomic_file(file) as temporary:
+            save_file(self.sums, temporary, meta)
+
+    def restore(self, file: Path) -> int:
+        """Take up what :meth:`save` kept, if anything; returns the batches in it."""
+        if not file.exists():
+            return 0
+        with safe_open(file, framework="pt") as kept:
+            meta = kept.metadata()
+            self.sums = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        self.owner = json.loads(meta["owner"])
+        return int(meta["batches"])
+
 
 @torch.no_grad()
 def input_moments(
-    model: PreTrainedModel, input_ids: Tensor, lengths: Tensor, *, full: bool
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    lengths: Tensor,
+    *,
+    full: bool,
+    resume: Path | None = None,
 ) -> dict[str, Tensor]:
     """Mean squared input per projection, ``{layer name: [in]}``, float32 on the CPU.
 
@@ -63,11 +91,13 @@ def input_moments(
             in a fixed order.
         full: products of different inputs too: the mean of x x^T, ``[in, in]``. Layers with the
             same inputs get the same tensor; all are in memory at once, 4 bytes per entry.
+        resume: file in which a killed run of the same model and text left its sums, and this one
+            leaves them once a minute.
 
     Raises:
         NonFiniteError: an activation is not finite; the layer is named.
     """
-    sums = _Sums(full=full)
+    sums = MomentSums(full=full)
     device = next(model.parameters()).device
     real = torch.arange(input_ids.shape[1]) < lengths[:, None]  # [N, L]
     now = slice(0, BATCH)
@@ -81,33 +111,37 @@ def input_moments(
     handles = [
         module.register_forward_pre_hook(watch(name)) for name, module in projections(model).items()
     ]
+    total = -(-len(input_ids) // BATCH)
+    done = 0 if resume is None else sums.restore(resume)
+    saved = time.monotonic()
     try:
-        starts = range(0, len(input_ids), BATCH)
-        for start in track(starts, len(starts), "calibration batches"):
-            now = slice(start, start + BATCH)
+        for batch in track(range(done, total), total - done, "calibration batches"):
+            now = slice(batch * BATCH, (batch + 1) * BATCH)
             model.base_model(input_ids=input_ids[now].to(device), use_cache=False)
+            if resume is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                sums.save(resume, batch + 1)
+                saved = time.monotonic()
     finally:
         for handle in handles:
             handle.remove()
     return sums.means(int(real.sum()))
 
 
-Sequences = Callable[[int], tuple[Tensor, Tensor]]
-"""The first so many sequences of some text: ids ``[N, L]`` and lengths ``[N]``."""
+Text = Callable[[], tuple[Tensor, Tensor]]
+"""Gives ids ``[N, L]`` and lengths ``[N]``."""
 
 
-def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, sequences: Sequences) -> None:
+def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, text: Text) -> None:
     """Quantize a model in place, by its activations if the spec asks for refits or error feedback.
 
     Args:
-        sequences: asked for ``spec.calibration_sequences``, unless that is 0.
+        text: asked only if so.
 
     Raises:
         NonFiniteError: see :func:`input_moments`.
         InputError, ParamsError: see :func:`lib.model.surgery.quantize_model`.
     """
     moments = None
-    if spec.calibration_sequences:
-        found = sequences(spec.calibration_sequences)
-        moments = input_moments(model, *found, full=spec.feedback)
+    if spec.refits or spec.feedback:
+        moments = input_moments(model, *text(), full=spec.feedback)
     quantize_model(model, spec, moments)

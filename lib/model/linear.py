@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib.base.errors import MismatchError
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
-from lib.quant.gptq import gptq_indices
+from lib.quant.gptq import error_feedback
 from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit
 from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
@@ -205,8 +205,8 @@ class LutLinear(nn.Module):
         moments: Tensor | None = None,
     ) -> LutLinear:
         """Quantize a weight ``[out, in]``: max-abs scales, codebook, refits and error feedback if
-        the spec says so. Where feedback chose another level than the nearest one, the master is
-        moved into that level's cell.
+        the spec says so. With feedback the masters are not the weights given, but those with the
+        feedback in them.
 
         Args:
             moments: E[x^2] of each input ``[in]``, needed where ``spec.refit_steps`` > 0; or,
@@ -315,7 +315,8 @@ class LutLinear(nn.Module):
 
     @torch.no_grad()
     def feed_back(self, moments: Tensor) -> None:
-        """Choose the indices by error feedback under the present scales; the masters move along.
+        """Choose the indices by error feedback under the present scales. The masters take what the
+        inputs before them missed: where they stay, training would jump back to the nearest levels.
 
         Args:
             moments: E[x x^T] of the inputs ``[in, in]``.
@@ -326,9 +327,10 @@ class LutLinear(nn.Module):
         if self.weight is None:
             raise MismatchError("a snapped layer has no master weight to quantize again")
         a, b = self.factors()
-        found = gptq_indices(self.weight, a @ b, self.levels(), moments, affine=self.affine)
-        self.indices.copy_(found)
-        self.rebase_weight()
+        found = error_feedback(self.weight, a @ b, self.levels(), moments, affine=self.affine)
+        self.indices.copy_(found.indices)
+        self.weight.copy_(found.weight)
+        self.rebase_weight()  # rounding, and scales of zero
 
     @torch.no_grad()
     def rebase_weight(self, margin: float = 0.0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def replace_layers(
 
 
 def quantize_model(
-    model: nn.Module, spec: ModelSpec, moments: dict[str, Tensor] | None = None
+    model: nn.Module, spec: ModelSpec, moments: Mapping[str, Tensor] | None = None
 ) -> None:
     """Replace the decoder's projections by :class:`LutLinear` layers, in place.
 

@@ -1,4 +1,4 @@
-"""params.yaml as one frozen object: a section per stage, plus `quant`, `distill` and `run`."""
+"""params.yaml as one frozen object: a section per stage, plus what stages share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lib.params.recover import Recover
 from lib.params.sensitivity import Sensitivity
 from lib.params.targets import check_targets
 from lib.params.training import (
+    Calibrate,
     Convert,
     Distill,
     Finetune,
@@ -50,7 +51,7 @@ Task = Literal[
 
 
 class Evaluate(Section):
-    """The ladder over teacher, untrained model and every stage."""
+    """The ladder over the teacher and every stage."""
 
     perplexity_window: Annotated[int, Field(ge=2)] = 1024
     """Tokens per window of the perplexity. Default: the reference."""
@@ -94,8 +95,9 @@ class Params(Section):
 
     teacher: Teacher
     tokens: Tokens
-    cache: Cache
+    calibrate: Calibrate
     quant: Quant
+    cache: Cache
     distill: Distill
     sensitivity: Sensitivity
     layerwise: Layerwise

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from lib.params.training import Convert, Quant
+from enum import StrEnum
+
+from lib.params.training import Convert, Init, Quant
 from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
 
 
-def _refits(section: Quant | Convert) -> int:
-    return section.refit_steps if "importance" in section.init.split("+") else 0
+class Moments(StrEnum):
+    """What is to be known of a layer's inputs."""
+
+    NONE = "none"
+    SQUARES = "squares"
+    """E[x^2] of each."""
+    PRODUCTS = "products"
+    """E[x x^T]."""
 
 
-def _feedback(section: Quant | Convert) -> bool:
-    return "gptq" in section.init.split("+")
+def _refits(init: Init) -> bool:
+    return "importance" in init.split("+")
+
+
+def _feedback(init: Init) -> bool:
+    return "gptq" in init.split("+")
+
+
+def moments_needed(*inits: Init) -> Moments:
+    """The most that one of these starts asks for."""
+    if any(map(_feedback, inits)):
+        return Moments.PRODUCTS
+    return Moments.SQUARES if any(map(_refits, inits)) else Moments.NONE
 
 
 def model_spec(quant: Quant) -> ModelSpec:
@@ -24,8 +43,8 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=Codebook(quant.codebook),
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=_refits(quant),
-        feedback=_feedback(quant),
+        refit_steps=quant.refit_steps if _refits(quant.init) else 0,
+        feedback=_feedback(quant.init),
     )
     attention = LinearSpec(
         lut_size=quant.attention_lut_size or quant.lut_size,
@@ -35,15 +54,10 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=mlp.codebook,
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=_refits(quant),
-        feedback=_feedback(quant),
+        refit_steps=quant.refit_steps if _refits(quant.init) else 0,
+        feedback=_feedback(quant.init),
     )
-    return ModelSpec(
-        mlp=mlp,
-        attention=attention if quant.attention else None,
-        calibration_sequences=0 if quant.init == "maxabs" else quant.calibration_sequences,
-        seed=quant.seed,
-    )
+    return ModelSpec(mlp=mlp, attention=attention if quant.attention else None, seed=quant.seed)
 
 
 def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
@@ -56,8 +70,8 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=Codebook(convert.codebook),
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=_refits(convert),
-        feedback=_feedback(convert),
+        refit_steps=convert.refit_steps if _refits(convert.init) else 0,
+        feedback=_feedback(convert.init),
     )
     attention = LinearSpec(
         lut_size=convert.attention_lut_size or convert.lut_size,
@@ -67,12 +81,7 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=mlp.codebook,
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=_refits(convert),
-        feedback=_feedback(convert),
+        refit_steps=convert.refit_steps if _refits(convert.init) else 0,
+        feedback=_feedback(convert.init),
     )
-    return ModelSpec(
-        mlp=mlp,
-        attention=attention,
-        calibration_sequences=convert.calibration_sequences,
-        seed=convert.seed,
-    )
+    return ModelSpec(mlp=mlp, attention=attention, seed=convert.seed)

@@ -24,6 +24,17 @@ Range = Annotated[float, Field(gt=0, le=1)]
 Init = Literal["maxabs", "importance", "gptq", "importance+gptq"]
 
 
+class Calibrate(Section):
+    """How the teacher uses the inputs of each layer, which starts other than `maxabs` go by.
+
+    `importance` needs E[x^2] of each input, `gptq` E[x x^T]: a matrix per layer, all of them in
+    memory while they are summed. What no `init` needs is not measured.
+    """
+
+    sequences: Count = 64
+    """Training sequences, the first ones."""
+
+
 class Quant(Section):
     """How linear layers are quantized before training: `W_q = LUT[idx] * S`."""
 
@@ -56,9 +67,6 @@ class Quant(Section):
     indices by error feedback (GPTQ) under that S. `importance+gptq`: one after the other."""
     refit_steps: Count = 5
     """With `importance` only: alternating refits per layer."""
-    calibration_sequences: Count = 32
-    """Not for `maxabs`: training sequences that E[x^2] (`gptq`: E[x x^T], a matrix per layer in
-    memory) is measured on."""
     range: Range = 1.0
     """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Of
     `channel` scales the start of the clip factor, of an output's max-abs."""
@@ -269,11 +277,9 @@ class Convert(Section):
     codebook: Literal["uniform", "balanced", "kmeans", "learned"] = "uniform"
     """Where the new LUT values come from."""
     init: Init = "importance"
-    """How the new scales and indices start, as `quant.init`, measured on the model as it comes."""
+    """How the new scales and indices start, as `quant.init`."""
     refit_steps: Count = 5
     """With `importance` only: alternating refits of indices and scales per layer."""
-    calibration_sequences: Count = 32
-    """Training sequences that E[x^2] (`gptq`: E[x x^T]) is measured on."""
     eval_sequences: Count = 64
     """Val sequences on which the KD loss before and after is measured."""
     seed: Seed = 0

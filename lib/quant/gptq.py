@@ -13,6 +13,8 @@ Shapes: W, S, idx ``[out, in]``, H ``[in, in]``.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,20 @@ def inverse_factor(moments: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def gptq_indices(
+class Feedback(NamedTuple):
+    """What error feedback chose, and why."""
+
+    indices: Tensor
+    """uint8 ``[out, in]``."""
+    weight: Tensor
+    """``[out, in]``: each weight as it was when its level was chosen, with what the inputs before
+    it had missed. Its nearest level is the chosen one."""
+
+
+def error_feedback(
     weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor, *, affine: bool
-) -> Tensor:
-    """Indices uint8 ``[out, in]`` under given scales S and levels.
+) -> Feedback:
+    """Levels ``lut [n]`` for a weight under given scales S.
 
     Args:
         moments: H, the mean of x x^T over calibration text, float32 ``[in, in]``.
@@ -54,9 +66,9 @@ def gptq_indices(
             missed[j - start] = (free[j] - lookup(lut, chosen[j]) * scales[j]) / factor[j, j]
             free[j + 1 : stop] -= factor[j, j + 1 : stop, None] * missed[j - start]
         free[stop:] -= factor[start:stop, stop:].T @ missed
-    indices = torch.empty_like(chosen)
-    indices[order] = chosen
-    return indices.T.contiguous()
+    indices, moved = torch.empty_like(chosen), torch.empty_like(free)
+    indices[order], moved[order] = chosen, free
+    return Feedback(indices.T.contiguous(), moved.T.contiguous())
 
 
 def output_error(difference: Tensor, moments: Tensor) -> float:

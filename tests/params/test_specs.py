@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lib.params.specs import model_spec, target_spec
-from lib.params.training import Convert, Quant
+from lib.params.specs import model_spec, moments_needed, target_spec
+from lib.params.training import Convert, Init, Quant
 
 STARTS = [
     # init, refits, error feedback
@@ -20,13 +20,27 @@ STARTS = [
 
 @pytest.mark.parametrize(("init", "refits", "feedback"), STARTS)
 def test_starts(init: Any, refits: int, feedback: bool) -> None:
-    quant = Quant(init=init, refit_steps=3, calibration_sequences=7, attention_lut_size=8)
+    quant = Quant(init=init, refit_steps=3, attention_lut_size=8)
     convert = Convert(init=init, refit_steps=3)
     for spec in (model_spec(quant), target_spec(convert, ste_fp16=True)):
         assert spec.attention is not None
         assert {spec.mlp.refit_steps, spec.attention.refit_steps} == {refits}
         assert spec.feedback is spec.mlp.feedback is spec.attention.feedback is feedback
-    assert model_spec(quant).calibration_sequences == (0 if init == "maxabs" else 7)
+        assert spec.refits is (refits > 0)
+
+
+@pytest.mark.parametrize(
+    ("inits", "needed"),
+    [
+        (("maxabs", "maxabs"), "none"),
+        (("maxabs", "importance"), "squares"),
+        (("importance", "importance"), "squares"),
+        (("gptq", "maxabs"), "products"),
+        (("importance", "importance+gptq"), "products"),
+    ],
+)
+def test_what_starts_need_to_know_of_the_inputs(inits: tuple[Init, Init], needed: str) -> None:
+    assert moments_needed(*inits) == needed
 
 
 def test_attention_takes_its_own_sizes_or_those_of_the_mlps() -> None:

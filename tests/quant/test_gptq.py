@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lib.quant import gptq
 from lib.quant.codebook import assign, make_codebook, safe_ratio
-from lib.quant.gptq import DAMPING, gptq_indices, output_error
+from lib.quant.gptq import DAMPING, error_feedback, output_error
 from lib.quant.spec import Codebook
 from lib.quant.ste import lookup
 
@@ -58,7 +58,7 @@ def test_is_optimal_brain_surgery(block: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gptq, "BLOCK", block)
     weight, scale, moments = _problem(7, 12)
     lut = make_codebook(Codebook.UNIFORM, 4)
-    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    found = error_feedback(weight, scale, lut, moments, affine=True).indices
     assert torch.equal(found, _slow(weight, scale, lut, moments))
     assert not torch.equal(found, _nearest(weight, scale, lut))  # or feedback did nothing
 
@@ -69,18 +69,28 @@ def test_lowers_the_output_error_and_raises_the_weights(codebook: Codebook, size
     weight, scale, moments = _problem(32, 48)
     lut = make_codebook(codebook, size)
     scale = scale / lut.max() * 2
-    feedback = gptq_indices(weight, scale, lut, moments, affine=True)
+    feedback = error_feedback(weight, scale, lut, moments, affine=True).indices
     nearest = _nearest(weight, scale, lut)
     lost = [weight - lookup(lut, indices) * scale for indices in (feedback, nearest)]
     assert output_error(lost[0], moments) < 0.9 * output_error(lost[1], moments)
     assert lost[0].square().sum() > lost[1].square().sum()
 
 
+def test_the_weight_with_feedback_has_the_chosen_level_nearest() -> None:
+    weight, scale, moments = _problem(7, 300)
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    found = error_feedback(weight, scale, lut, moments, affine=True)
+    assert torch.equal(_nearest(found.weight, scale, lut), found.indices)
+    assert not torch.equal(_nearest(weight, scale, lut), found.indices)
+    first = moments.diagonal().argmax()  # nothing was missed before it
+    assert torch.equal(found.weight[:, first], weight[:, first])
+
+
 def test_uncorrelated_inputs_take_the_nearest_level() -> None:
     weight, scale, _ = _problem(8, 16)
     lut = make_codebook(Codebook.UNIFORM, 4)
     moments = torch.diag(torch.rand(16) + 0.1)
-    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    found = error_feedback(weight, scale, lut, moments, affine=True).indices
     assert torch.equal(found, _nearest(weight, scale, lut))
 
 
@@ -89,7 +99,7 @@ def test_inputs_that_are_never_used_and_scales_of_zero() -> None:
     moments[:, 3] = moments[3] = 0
     scale[2, 5] = 0
     lut = make_codebook(Codebook.UNIFORM, 4)
-    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    found = error_feedback(weight, scale, lut, moments, affine=True).indices
     assert int(found.max()) < 4
     assert torch.equal(found[:, 3], _nearest(weight, scale, lut)[:, 3])
 
@@ -99,7 +109,7 @@ def test_fewer_samples_than_inputs() -> None:
     x = _inputs(5, 32)  # H has rank 5
     moments = x.T @ x / len(x)
     lut = make_codebook(Codebook.UNIFORM, 4)
-    found = gptq_indices(weight, scale, lut, moments, affine=True)
+    found = error_feedback(weight, scale, lut, moments, affine=True).indices
     lost = [weight - lookup(lut, i) * scale for i in (found, _nearest(weight, scale, lut))]
     assert output_error(lost[0], moments) < output_error(lost[1], moments)
 

@@ -15,7 +15,6 @@ from lib.model.scores import block_scores, read_scores
 from lib.model.surgery import quantized_layers
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
-from lib.objective.start import quantized_teacher
 from lib.params.data import Run
 from lib.params.sensitivity import Sensitivity
 from lib.params.training import Distill
@@ -25,42 +24,44 @@ from lib.sensitivity.perturbation import perturbation_scores
 from lib.sensitivity.run import sensitivity_stage
 from tests.tiny_models import (
     CPU,
-    linear_spec,
     make_place,
     model_spec,
     readers,
     tiny_model,
 )
+from tests.train.samples import save_start, start_of
 
 SPEC = model_spec(lut_size=4)
-CALIBRATED = ModelSpec(
-    mlp=linear_spec(lut_size=4, refit_steps=2), attention=None, calibration_sequences=8
-)
+MLPS = ModelSpec(mlp=SPEC.mlp, attention=None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``teacher`` (a folder as the teacher stage leaves it) and ``cache``."""
-    return make_place(tmp_path_factory.mktemp("place"))
+    """``teacher`` (a folder as the teacher stage leaves it), ``cache``, and in ``all`` and ``mlps``
+    what the stage quant leaves."""
+    folder = make_place(tmp_path_factory.mktemp("place"))
+    for name, spec in (("all", SPEC), ("mlps", MLPS)):
+        save_start(folder / "teacher", spec, folder / name)
+    return folder
 
 
 def stage(
-    place: Path, out: Path, spec: ModelSpec = SPEC, target: Any = "candidates", **section: Any
+    place: Path, out: Path, quantized: str = "all", target: Any = "candidates", **section: Any
 ) -> dict[str, float]:
     return sensitivity_stage(
         place / "teacher",
+        place / quantized,
         place / "cache",
         out,
         params=Sensitivity(**section),
-        spec=spec,
         distill=Distill(target=target),
         run=Run(device="cpu"),
     )
 
 
 def test_fisher_scores_of_the_untrained_model(place: Path, tmp_path: Path) -> None:
-    scores = stage(place, tmp_path, CALIBRATED, batches=3, batch_size=5, beta=0.5, seed=7)
-    model, _ = quantized_teacher(place / "teacher", place / "cache", CALIBRATED)
+    scores = stage(place, tmp_path, "mlps", batches=3, batch_size=5, beta=0.5, seed=7)
+    model = start_of(place / "teacher", MLPS).model
     train, _ = readers(place / "cache")
     objective = make_objective(train, temperature=2.0, target="candidates")
     rows = drawn_rows(64, 3, 5, 7)
@@ -71,13 +72,13 @@ def test_fisher_scores_of_the_untrained_model(place: Path, tmp_path: Path) -> No
     others: list[dict[str, Any]] = [{"seed": 8}, {"beta": 0.9}, {"batches": 2}, {"batch_size": 4}]
     values = {"batches": 3, "batch_size": 5, "beta": 0.5, "seed": 7}
     for changes in others:
-        assert stage(place, tmp_path, CALIBRATED, **{**values, **changes}) != scores
-    assert stage(place, tmp_path, CALIBRATED, "tail", **values) != scores
+        assert stage(place, tmp_path, "mlps", **{**values, **changes}) != scores
+    assert stage(place, tmp_path, "mlps", "tail", **values) != scores
 
 
 def test_perturbation_scores_on_held_out_text(place: Path, tmp_path: Path) -> None:
     scores = stage(place, tmp_path, method="perturbation", sequences=6)
-    quantized, _ = quantized_teacher(place / "teacher", place / "cache", SPEC)
+    quantized = start_of(place / "teacher", SPEC).model
     _, val = readers(place / "cache")
     objective = make_objective(val, temperature=2.0, target="candidates")
     wanted = perturbation_scores(
@@ -116,6 +117,7 @@ def test_a_published_file_is_taken(place: Path, tmp_path: Path) -> None:
 def test_the_cache_must_be_the_teachers(place: Path, tmp_path: Path, method: str) -> None:
     other = tmp_path / "other"
     tiny_model(seed=6).save_pretrained(other / "teacher")
+    save_start(other / "teacher", SPEC, other / "all")
     (other / "cache").symlink_to(place / "cache")
     with pytest.raises(MismatchError, match="made with teacher"):
         stage(other, tmp_path / "out", method=method)

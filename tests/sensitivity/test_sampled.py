@@ -14,15 +14,17 @@ from lib.params.sensitivity import Sensitivity
 from lib.params.training import Distill
 from lib.sensitivity.run import sensitivity_stage
 from tests.tiny_models import VOCAB, make_place, model_spec
+from tests.train.samples import save_start
 
 
 def stage(place: Path, out: Path, temperature: float = 2.0, **section: Any) -> dict[str, float]:
+    save_start(place / "teacher", model_spec(lut_size=4), place / "quantized")
     return sensitivity_stage(
         place / "teacher",
+        place / "quantized",
         place / "cache",
         out,
         params=Sensitivity(**section),
-        spec=model_spec(lut_size=4),
         distill=Distill(temperature=temperature),
         run=Run(device="cpu"),
     )

@@ -12,8 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 import stages.cache
+import stages.calibrate
 import stages.convert
 import stages.finetune_q2
+import stages.quant
 import stages.scales
 import stages.snap
 import stages.teacher
@@ -30,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 LOCAL: dict[str, Any] = {
     "teacher": {"source": "random:qwen3", "revision": None},
     "cache": {"shard_sequences": 16, "negatives": 128},
-    "quant": {"calibration_sequences": 4},
+    "calibrate": {"sequences": 4},
     "scales": {"steps": 2, "batch_size": 2, "dtype": "fp32", "eval_sequences": 4},
-    "convert": {"calibration_sequences": 4, "eval_sequences": 4},
+    "convert": {"eval_sequences": 4},
     "finetune_q2": {
         "steps": 2,
         "batch_size": 2,
@@ -70,8 +72,12 @@ def test_the_profile_runs_on_a_local_qwen3() -> None:
     stages.tokens.main(teacher, tokens)
     assert TokenSet(tokens / "train").input_ids.shape[1] == 128
     stages.cache.main(teacher, tokens, cache)
-    stages.scales.main(teacher, cache, tokens, Path("no scores"), Path("runs/scales"))
-    stages.convert.main(Path("runs/scales/model"), cache, Path("runs/convert"))
+    stages.calibrate.main(teacher, tokens, Path("runs/calibrate"))
+    moments = Path("runs/calibrate/moments.safetensors")
+    stages.quant.main(teacher, moments, Path("runs/quant"))
+    quantized = Path("runs/quant/model")
+    stages.scales.main(quantized, cache, teacher, tokens, Path("no scores"), Path("runs/scales"))
+    stages.convert.main(Path("runs/scales/model"), cache, moments, Path("runs/convert"))
     converted = json.loads(Path("runs/convert/metrics.json").read_text())["convert"]
     assert converted["kd_after"] < converted["kd_reference_rule"]
     stages.finetune_q2.main(

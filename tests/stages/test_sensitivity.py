@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / GIVEN).parent.mkdir(parents=True)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DVC_ROOT", raising=False)
-        for stage in ("teacher", "tokens", "cache"):
+        for stage in bad.BEFORE_TRAINING:
             bad.run_stage(stage)
     return folder
 
@@ -103,10 +103,9 @@ CASES: dict[str, tuple[Callable[[], None], type[LutqatError], str]] = {
         *(MismatchError, f"{GIVEN} | is 3 | 2 decoder blocks | of this model"),
     ),
     "another teacher": (
-        bad.other_teacher,
-        *(MismatchError, "data/cache/train was made with teacher | rerun"),
+        bad.other_start,
+        *(MismatchError, "data/cache/val was made with teacher | rerun"),
     ),
-    "rank above the layer's": (bad.params(quant__rank=65), ParamsError, "rank 65 | use at most"),
     "temperature beyond float32": (
         bad.params(distill__temperature=1e30),
         *(NonFiniteError, "sensitivity: the loss is | in batch 1 of 4 | distill.temperature"),

@@ -46,8 +46,12 @@ def test_boolq_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         {"passage": f"Rope -- ``Second''. {LONG}"},
         {"passage": "Salt -- Too short."},
         {"passage": f"Tide -- In the benchmark. {LONG}"},
+        {"passage": f"Wind -- Also -- in it. {LONG}"},
     ]
-    dev = [{"title": "Tide", "passage": f"In the benchmark. {LONG}"}]
+    dev = [
+        {"title": "Tide", "passage": f"In the benchmark. {LONG}"},
+        {"title": "Wind", "passage": f"Also -- in it. {LONG}"},
+    ]
     members = {BOOLQ_MEMBER: json_lines(rows), BOOLQ_DEV_MEMBER: json_lines(dev)}
     deliver(monkeypatch, write_wheel(tmp_path / "x.whl", members))
     found = sorted(read_source(AnySource("package:boolq_passages"), 0), key=lambda d: d.title)

@@ -8,9 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lib.model.checkpoint import save_checkpoint
+from lib.model.load import folder_fingerprint, load_causal_lm
+from lib.model.surgery import quantize_model
 from lib.objective.distillation import make_objective
 from lib.params.training import Rates, TrainConfig
+from lib.quant.spec import ModelSpec
 from lib.train.loop import Trainer, TrainResult
+from lib.train.run import Start
 from lib.train.state import Progress
 from tests.tiny_models import CPU, readers
 
@@ -28,6 +33,19 @@ def config(**changes: Any) -> TrainConfig:
         "checkpoint_every": 2,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def start_of(teacher: Path, spec: ModelSpec) -> Start:
+    """What the stage quant makes of a teacher without looking at its activations."""
+    model, mark = load_causal_lm(teacher), folder_fingerprint(teacher)
+    quantize_model(model, spec)
+    return Start(model, mark, mark)
+
+
+def save_start(teacher: Path, spec: ModelSpec, out: Path) -> None:
+    """:func:`start_of` as a checkpoint."""
+    start = start_of(teacher, spec)
+    save_checkpoint(start.model, out, tokenizer_from=teacher, info={"teacher": start.teacher})
 
 
 def trainer(

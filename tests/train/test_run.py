@@ -13,7 +13,7 @@ import torch
 
 from lib.base.errors import CorruptError, InputError, LutqatError, MismatchError
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
-from lib.model.load import folder_fingerprint, load_causal_lm
+from lib.model.load import folder_fingerprint
 from lib.model.surgery import bake, quantized_layers
 from lib.params.data import Run
 from lib.params.prox import Prox
@@ -23,21 +23,18 @@ from lib.train import run as run_module
 from lib.train.grid_report import grid_report
 from lib.train.loop import Trainer
 from lib.train.prox import penalty_of
-from lib.train.run import Start, start_from_checkpoint, start_from_teacher, train_stage
+from lib.train.run import Start, start_from_checkpoint, train_stage
 from lib.train.state import Progress
 from tests.tiny_models import (
-    linear_spec,
-    logits_of,
     make_caches,
     make_place,
     model_spec,
     quantized,
     same,
     state_of,
-    tiny_model,
 )
 from tests.train.killing import killed_after
-from tests.train.samples import config
+from tests.train.samples import config, start_of
 
 QUIET = Run(device="cpu", log_every=2)
 
@@ -79,7 +76,7 @@ def stage(
 
 
 def test_folders_written_and_chained(place: Path, tmp_path: Path, root: Path) -> None:
-    start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+    start = start_of(place / "teacher", model_spec(lut_size=4))
     result = stage(start, place, tmp_path / "one")
     out = tmp_path / "one"
     assert sorted(f.name for f in out.iterdir()) == ["log.csv", "metrics.json", "model"]
@@ -104,7 +101,7 @@ def test_folders_written_and_chained(place: Path, tmp_path: Path, root: Path) ->
 
 def test_a_stage_starts_where_the_last_one_ended(place: Path, tmp_path: Path) -> None:
     """Training weights after scales: the first loss is the last stage's best, bit for bit."""
-    start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+    start = start_of(place / "teacher", model_spec(lut_size=4))
     scales = {"scale_direction": 1e-3, "scale_magnitude": 1e-3, "weight": 0.0}
     rates = config().rates
     first = stage(start, place, tmp_path / "one", rates=rates.model_copy(update=scales), steps=8)
@@ -120,7 +117,7 @@ def test_a_stage_starts_where_the_last_one_ended(place: Path, tmp_path: Path) ->
 def test_how_masters_fit_their_grid_is_written_on_request(
     place: Path, tmp_path: Path, regularizer: Any
 ) -> None:
-    start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+    start = start_of(place / "teacher", model_spec(lut_size=4))
     prox = Prox(gamma_end=0.5, atol=0.1)
     more = {"penalty": penalty_of(regularizer, prox), "grid_atol": prox.atol}
     stage(start, place, tmp_path / "out", more=more, rates=Rates(weight=3e-4))
@@ -142,7 +139,7 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
     place: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start() -> Start:
-        return start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+        return start_of(place / "teacher", model_spec(lut_size=4))
 
     stage(start(), place, tmp_path / "whole", ema=0.5)
     plain = Trainer.train_step
@@ -173,19 +170,13 @@ def test_a_killed_stage_resumes_and_other_params_do_not(
 
 
 def test_teacher_and_vocabulary_of_the_cache_must_fit(place: Path, tmp_path: Path) -> None:
-    start = start_from_teacher(place / "teacher", place / "cache", model_spec())
+    start = start_of(place / "teacher", model_spec())
     foreign = Start(start.model, "another", "another")
     with pytest.raises(MismatchError, match=r"made with teacher \w+, but another is in use here"):
         stage(foreign, place, tmp_path / "out")
     start.model.config.vocab_size = 98
     with pytest.raises(MismatchError, match="made with vocab_size 97, but 98 is in use"):
         stage(start, place, tmp_path / "out")
-    other = tmp_path / "other"
-    tiny_model(seed=6).save_pretrained(other)
-    spec = model_spec(refit_steps=1)
-    calibrated = type(spec)(mlp=spec.mlp, attention=spec.attention, calibration_sequences=4)
-    with pytest.raises(MismatchError, match="made with teacher"):
-        start_from_teacher(other, place / "cache", calibrated)
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +185,7 @@ def test_a_damaged_cache_stops_the_stage(place: Path, tmp_path: Path) -> None:
     make_caches(broken / "cache", rows=4, teacher=folder_fingerprint(place / "teacher"))
     shard = broken / "cache/train/shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    start = start_from_teacher(place / "teacher", place / "cache", model_spec())
+    start = start_of(place / "teacher", model_spec())
     with pytest.raises(CorruptError, match=r"shard-00000\.arrow is short"):
         stage(start, broken, tmp_path / "out")
 
@@ -217,21 +208,3 @@ def test_only_what_has_masters_and_a_teacher_can_train(place: Path, tmp_path: Pa
     for folder, kind, message in cases:
         with pytest.raises(kind, match=message):
             start_from_checkpoint(folder)
-
-
-def test_start_from_teacher_refits_by_importance(place: Path) -> None:
-    spec = linear_spec(lut_size=4)
-    plain = model_spec(lut_size=4)
-    refitted = type(plain)(
-        mlp=linear_spec(lut_size=4, refit_steps=5),
-        attention=linear_spec(lut_size=4, refit_steps=5),
-        calibration_sequences=16,
-    )
-    teacher = logits_of(load_causal_lm(place / "teacher"))
-    errors = []
-    for wanted in (plain, refitted, refitted):
-        model = start_from_teacher(place / "teacher", place / "cache", wanted).model
-        errors.append(float((logits_of(model) - teacher).norm() / teacher.norm()))
-    assert spec.bits == 2
-    assert errors[1] < 0.9 * errors[0]
-    assert errors[1] == errors[2]

@@ -12,11 +12,11 @@ from lib.params.data import Run
 from lib.params.methods import Blockwise, Layerwise
 from lib.params.training import Distill, Method, Rates
 from lib.train.method import by_block
-from lib.train.run import start_from_teacher, train_stage
+from lib.train.run import train_stage
 from lib.train.state import Progress
 from tests.tiny_models import make_place, model_spec
 from tests.train.killing import killed_after
-from tests.train.samples import config
+from tests.train.samples import config, start_of
 
 SAMPLED: dict[str, Any] = {"targets": "sampled", "samples": 32, "sample_temperature": 2.0}
 OUTPUTS = ("model/model.safetensors", "log.csv", "metrics.json")
@@ -43,7 +43,7 @@ def stage(
     blocks = by_block(method, teacher, out / "scores.json", Layerwise(), Blockwise())
     return train_stage(
         "scales",
-        start_from_teacher(teacher, place / "cache", model_spec(lut_size=4)),
+        start_of(teacher, model_spec(lut_size=4)),
         place / "cache",
         out,
         params=config(**{"hard_top1_weight": 0.0, **changes}),

@@ -13,12 +13,12 @@ from lib.model.load import tokenizer_fingerprint
 from lib.params.data import Run
 from lib.params.training import Distill
 from lib.text.sequences import write_tokens
-from lib.train.run import Start, start_from_teacher, train_stage
+from lib.train.run import Start, train_stage
 from lib.train.source import LiveTeacher, live_teacher
 from lib.train.state import Progress
 from tests.tiny_models import CPU, VOCAB, make_place, model_spec, random_rows
 from tests.train.killing import killed_after
-from tests.train.samples import config
+from tests.train.samples import config, start_of
 
 LIVE = Distill(source="teacher")
 
@@ -46,7 +46,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def stage(place: Path, out: Path, distill: Distill = LIVE, **changes: Any) -> Progress:
     return train_stage(
         "scales",
-        start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4)),
+        start_of(place / "teacher", model_spec(lut_size=4)),
         place / "cache",
         out,
         params=config(**{"steps": 6, "hard_top1_weight": 0.0, **changes}),
@@ -80,7 +80,7 @@ def test_resumes_bit_for_bit(
 
 def test_text_of_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     tokens = write_rows(tmp_path / "tokens", 9, "another")
-    start: Start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+    start: Start = start_of(place / "teacher", model_spec(lut_size=4))
     live = LiveTeacher(teacher=place / "teacher", tokens=tokens)
     with pytest.raises(MismatchError, match="tokenizer another.*rerun the tokens stage"):
         live.identity(start.teacher)
@@ -94,7 +94,7 @@ def test_other_text_is_another_run(place: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         tokens = write_rows(tmp_path / str(seed), seed, mark)
         live = LiveTeacher(teacher=place / "teacher", tokens=tokens)
-        start = start_from_teacher(place / "teacher", place / "cache", model_spec(lut_size=4))
+        start = start_of(place / "teacher", model_spec(lut_size=4))
         marks.add(live.identity(start.teacher)["text"])
     assert len(marks) == 2
 
