@@ -20,6 +20,7 @@ from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.specs import target_spec
 from lib.params.training import Convert, Distill
+from lib.quant.spec import Moments
 
 
 def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
@@ -64,8 +65,9 @@ def convert_stage(
     objective = make_objective(val, temperature=distill.temperature, target=distill.target)
     spec = target_spec(params, ste_fp16)
     used = None
-    if spec.refits or spec.feedback:
-        used = StoredMoments(moments, teacher=info.get("teacher", ""), full=spec.feedback)
+    if spec.needs is not Moments.NONE:
+        full = spec.needs is Moments.PRODUCTS
+        used = StoredMoments(moments, teacher=info.get("teacher", ""), full=full)
 
     def measure(candidate: PreTrainedModel) -> float:
         return held_out_loss(candidate, objective, val, params.eval_sequences, device)

@@ -18,7 +18,7 @@ from lib.base.errors import NonFiniteError
 from lib.base.files import atomic_file
 from lib.base.progress import track
 from lib.model.surgery import projections, quantize_model
-from lib.quant.spec import ModelSpec
+from lib.quant.spec import ModelSpec, Moments
 
 BATCH = 8  # sequences at a time
 SAVE_SECONDS = 60.0  # a killed run loses no more than this
@@ -132,7 +132,7 @@ Text = Callable[[], tuple[Tensor, Tensor]]
 
 
 def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, text: Text) -> None:
-    """Quantize a model in place, by its activations if the spec asks for refits or error feedback.
+    """Quantize a model in place, by its activations if the spec asks for that.
 
     Args:
         text: asked only if so.
@@ -142,6 +142,6 @@ def quantize_calibrated(model: PreTrainedModel, spec: ModelSpec, text: Text) -> 
         InputError, ParamsError: see :func:`lib.model.surgery.quantize_model`.
     """
     moments = None
-    if spec.refits or spec.feedback:
-        moments = input_moments(model, *text(), full=spec.feedback)
+    if spec.needs is not Moments.NONE:
+        moments = input_moments(model, *text(), full=spec.needs is Moments.PRODUCTS)
     quantize_model(model, spec, moments)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lib.base.errors import MismatchError
+from lib.quant.clip import with_best_range
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
 from lib.quant.gptq import error_feedback
 from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit
 from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
-from lib.quant.spec import Codebook, LinearSpec, ScaleForm
+from lib.quant.spec import Codebook, LinearSpec, Moments, ScaleForm
 from lib.quant.ste import dequantized_weight, lookup, quantized_linear, round_fp16
 
 _INSIDE = 2e-3  # share of the way from a cell's edge to its level
@@ -209,8 +210,8 @@ class LutLinear(nn.Module):
         feedback in them.
 
         Args:
-            moments: E[x^2] of each input ``[in]``, needed where ``spec.refit_steps`` > 0; or,
-                needed for ``spec.feedback``, all of E[x x^T] ``[in, in]``.
+            moments: of the inputs, what ``spec.needs`` says: E[x^2] ``[in]``, or E[x x^T]
+                ``[in, in]``, which serves for both.
 
         Raises:
             ParamsError: the rank does not fit the layer, which is named.
@@ -223,6 +224,11 @@ class LutLinear(nn.Module):
         if moments is not None:
             moments = moments.to(weight.device)
             used = moments if moments.dim() == 1 else moments.diagonal()
+        if spec.needs is Moments.PRODUCTS and (moments is None or moments.dim() != 2):
+            raise ValueError(f"{name}: this start needs the second moments of its inputs")
+        if spec.search_range:
+            assert moments is not None  # by the line above
+            spec = with_best_range(weight, spec, lut, moments)
         a, b = initial_factors(weight, spec, float(lut.abs().max()))
         if spec.codebook is Codebook.KMEANS:
             lut = fit_codebook(weight, a, b, spec.lut_size, used)
@@ -234,8 +240,7 @@ class LutLinear(nn.Module):
         layer = cls(spec, make_scale(spec.scale, a, b), lut, indices, weight, bias)
         layer.refresh_indices()
         if spec.feedback:
-            if moments is None or moments.dim() != 2:
-                raise ValueError(f"{name}: error feedback needs the second moments of its inputs")
+            assert moments is not None  # by the same line
             layer.feed_back(moments)
         return layer
 

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from typing import Any
 
 from lib.params.training import Convert, Init, Quant
-from lib.quant.spec import Codebook, LinearSpec, ModelSpec, ScaleForm
+from lib.quant.spec import Codebook, LinearSpec, ModelSpec, Moments, ScaleForm
 
-
-class Moments(StrEnum):
-    """What is to be known of a layer's inputs."""
-
-    NONE = "none"
-    SQUARES = "squares"
-    """E[x^2] of each."""
-    PRODUCTS = "products"
-    """E[x x^T]."""
-
-
-def _refits(init: Init) -> bool:
-    return "importance" in init.split("+")
-
-
-def _feedback(init: Init) -> bool:
-    return "gptq" in init.split("+")
+_PRODUCTS = {"range", "gptq"}
 
 
 def moments_needed(*inits: Init) -> Moments:
     """The most that one of these starts asks for."""
-    if any(map(_feedback, inits)):
+    parts = {part for init in inits for part in init.split("+")}
+    if parts & _PRODUCTS:
         return Moments.PRODUCTS
-    return Moments.SQUARES if any(map(_refits, inits)) else Moments.NONE
+    return Moments.SQUARES if "importance" in parts else Moments.NONE
+
+
+def _start(section: Quant | Convert) -> dict[str, Any]:
+    """What `init` says."""
+    parts = section.init.split("+")
+    return {
+        "refit_steps": section.refit_steps if "importance" in parts else 0,
+        "feedback": "gptq" in parts,
+        "search_range": "range" in parts,
+    }
 
 
 def model_spec(quant: Quant) -> ModelSpec:
@@ -43,8 +38,7 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=Codebook(quant.codebook),
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=quant.refit_steps if _refits(quant.init) else 0,
-        feedback=_feedback(quant.init),
+        **_start(quant),
     )
     attention = LinearSpec(
         lut_size=quant.attention_lut_size or quant.lut_size,
@@ -54,8 +48,7 @@ def model_spec(quant: Quant) -> ModelSpec:
         codebook=mlp.codebook,
         range=quant.range,
         ste_fp16=quant.ste_fp16,
-        refit_steps=quant.refit_steps if _refits(quant.init) else 0,
-        feedback=_feedback(quant.init),
+        **_start(quant),
     )
     return ModelSpec(mlp=mlp, attention=attention if quant.attention else None, seed=quant.seed)
 
@@ -70,8 +63,7 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=Codebook(convert.codebook),
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=convert.refit_steps if _refits(convert.init) else 0,
-        feedback=_feedback(convert.init),
+        **_start(convert),
     )
     attention = LinearSpec(
         lut_size=convert.attention_lut_size or convert.lut_size,
@@ -81,7 +73,6 @@ def target_spec(convert: Convert, ste_fp16: bool) -> ModelSpec:
         codebook=mlp.codebook,
         range=convert.range,
         ste_fp16=ste_fp16,
-        refit_steps=convert.refit_steps if _refits(convert.init) else 0,
-        feedback=_feedback(convert.init),
+        **_start(convert),
     )
     return ModelSpec(mlp=mlp, attention=attention, seed=convert.seed)

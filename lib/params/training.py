@@ -21,14 +21,23 @@ from lib.params.base import (
 )
 
 Range = Annotated[float, Field(gt=0, le=1)]
-Init = Literal["maxabs", "importance", "gptq", "importance+gptq"]
+Init = Literal[
+    "maxabs",
+    "range",
+    "importance",
+    "gptq",
+    "importance+gptq",
+    "range+importance",
+    "range+gptq",
+    "range+importance+gptq",
+]
 
 
 class Calibrate(Section):
     """How the teacher uses the inputs of each layer, which starts other than `maxabs` go by.
 
-    `importance` needs E[x^2] of each input, `gptq` E[x x^T]: a matrix per layer, all of them in
-    memory while they are summed. What no `init` needs is not measured.
+    `importance` needs E[x^2] of each input, `range` and `gptq` E[x x^T]: a matrix per layer, all of
+    them in memory while they are summed. What no `init` needs is not measured.
     """
 
     sequences: Count = 64
@@ -62,14 +71,16 @@ class Quant(Section):
     trained (needs a `rates.lut` above 0 in some training stage to move)."""
     init: Init = "maxabs"
     """How S and the indices start. `maxabs`: S from a truncated SVD of the groups' max-abs, nearest
-    levels (the reference). `importance`: from there, indices and scales are refitted in turn to the
-    weight, each input weighted by how much it is used (E[x^2] over calibration text). `gptq`:
-    indices by error feedback (GPTQ) under that S. `importance+gptq`: one after the other."""
+    levels (the reference). `range`: that S times the share, per layer, of least output error,
+    instead of the key `range`. `importance`: from there, indices and scales are refitted in turn to
+    the weight, each input weighted by how much it is used (E[x^2] over calibration text). `gptq`:
+    indices by error feedback (GPTQ) under that S. `a+b`: one after the other."""
     refit_steps: Count = 5
     """With `importance` only: alternating refits per layer."""
     range: Range = 1.0
-    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Of
-    `channel` scales the start of the clip factor, of an output's max-abs."""
+    """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Not
+    used where `init` has `range`. Of `channel` scales the start of the clip factor, of an output's
+    max-abs."""
     ste_fp16: bool = True
     """Round LUT and scales to FP16 in the forward pass; gradients pass through."""
     seed: Seed = 0

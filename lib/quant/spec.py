@@ -37,6 +37,16 @@ class ScaleForm(StrEnum):
         return self in (ScaleForm.LOWRANK, ScaleForm.DIRECTIONAL)
 
 
+class Moments(StrEnum):
+    """What is to be known of a layer's inputs x."""
+
+    NONE = "none"
+    SQUARES = "squares"
+    """E[x^2] of each."""
+    PRODUCTS = "products"
+    """E[x x^T]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """One quantized linear layer, ``W_q = LUT[idx] * S``.
@@ -49,6 +59,7 @@ class LinearSpec:
         scale: parametrization of S.
         codebook: where the LUT values come from.
         range: share of a group's (or an output's) max|w| that the outermost level stands for.
+        search_range: `range` is not taken as given, but found (:mod:`lib.quant.clip`).
         ste_fp16: LUT and scales are rounded to FP16 in the forward pass.
         refit_steps: importance-weighted refits of indices and factors after the max-abs start
             (:mod:`lib.quant.refit`); 0 = none.
@@ -61,9 +72,17 @@ class LinearSpec:
     scale: ScaleForm
     codebook: Codebook
     range: float = 1.0
+    search_range: bool = False
     ste_fp16: bool = True
     refit_steps: int = 0
     feedback: bool = False
+
+    @property
+    def needs(self) -> Moments:
+        """What of the layer's inputs it takes to quantize a weight."""
+        if self.feedback or self.search_range:
+            return Moments.PRODUCTS
+        return Moments.SQUARES if self.refit_steps else Moments.NONE
 
     @property
     def bits(self) -> int:
@@ -118,11 +137,7 @@ class ModelSpec:
     seed: int = 0
 
     @property
-    def refits(self) -> bool:
-        """Whether a layer is refitted: that needs E[x^2] of its inputs."""
-        return any(spec.refit_steps for spec in (self.mlp, self.attention) if spec is not None)
-
-    @property
-    def feedback(self) -> bool:
-        """Whether a layer is quantized by error feedback: that needs E[x x^T], not only E[x^2]."""
-        return self.mlp.feedback or (self.attention is not None and self.attention.feedback)
+    def needs(self) -> Moments:
+        """The most that one of the layers needs."""
+        needed = {spec.needs for spec in (self.mlp, self.attention) if spec is not None}
+        return max(needed, key=list(Moments).index)

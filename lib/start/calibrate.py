@@ -14,7 +14,7 @@ from lib.model.calibrate import input_moments
 from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.moments import write_moments
 from lib.params.data import Run
-from lib.params.specs import Moments
+from lib.quant.spec import Moments
 from lib.text.sequences import TokenSet
 
 MOMENTS = "moments.safetensors"

@@ -15,7 +15,7 @@ from lib.model.moments import StoredMoments
 from lib.model.size import model_size
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.params.data import Run
-from lib.quant.spec import ModelSpec
+from lib.quant.spec import ModelSpec, Moments
 
 
 def quant_stage(
@@ -34,11 +34,12 @@ def quant_stage(
     set_threads(run.threads)
     mark = folder_fingerprint(teacher)
     used = None
-    if spec.refits or spec.feedback:
-        used = StoredMoments(moments, teacher=mark, full=spec.feedback)
+    if spec.needs is not Moments.NONE:
+        full = spec.needs is Moments.PRODUCTS
+        used = StoredMoments(moments, teacher=mark, full=full)
     model = load_causal_lm(teacher)
     device = resolve_device(run.device)
-    if device.type == "mps" and spec.feedback:
+    if device.type == "mps" and spec.needs is Moments.PRODUCTS:
         device = torch.device("cpu")  # MPS has no float64, which the inverse of H is found in
     model.to(device)  # type: ignore[arg-type]
     quantize_model(model, spec, used)

@@ -355,3 +355,16 @@ def test_rebase_with_a_margin_leaves_the_edges(
     nearest = (ratio[:, None] - edges).abs().argmin(dim=1)
     floor = 0.1 * (level - edges[nearest]).abs()
     assert (gap >= 0.95 * floor).all()  # edges and levels differ by the rounding of the levels
+
+
+def test_a_searched_range_replaces_the_given_one() -> None:
+    spec = linear_spec(lut_size=4, range=0.2, search_range=True)
+    x = randn(200, IN, seed=3)
+    weight, moments = randn(OUT, IN), x.T @ x / len(x)
+    with pytest.raises(ValueError, match="needs the second moments"):
+        LutLinear.from_weight(weight, None, spec, "up_proj", moments.diagonal())
+    found = LutLinear.from_weight(weight, None, spec, "up_proj", moments)
+    assert found.spec.range > 0.2
+    given = dataclasses.replace(found.spec, search_range=False)
+    same = LutLinear.from_weight(weight, None, given, "up_proj")
+    assert torch.equal(found.dequantized(), same.dequantized())

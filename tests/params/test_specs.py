@@ -10,23 +10,28 @@ from lib.params.specs import model_spec, moments_needed, target_spec
 from lib.params.training import Convert, Init, Quant
 
 STARTS = [
-    # init, refits, error feedback
-    ("maxabs", 0, False),
-    ("importance", 3, False),
-    ("gptq", 0, True),
-    ("importance+gptq", 3, True),
+    # init, refits, error feedback, search of the range
+    ("maxabs", 0, False, False),
+    ("range", 0, False, True),
+    ("importance", 3, False, False),
+    ("gptq", 0, True, False),
+    ("importance+gptq", 3, True, False),
+    ("range+importance", 3, False, True),
+    ("range+gptq", 0, True, True),
+    ("range+importance+gptq", 3, True, True),
 ]
 
 
-@pytest.mark.parametrize(("init", "refits", "feedback"), STARTS)
-def test_starts(init: Any, refits: int, feedback: bool) -> None:
+@pytest.mark.parametrize(("init", "refits", "feedback", "search"), STARTS)
+def test_starts(init: Any, refits: int, feedback: bool, search: bool) -> None:
     quant = Quant(init=init, refit_steps=3, attention_lut_size=8)
     convert = Convert(init=init, refit_steps=3)
     for spec in (model_spec(quant), target_spec(convert, ste_fp16=True)):
         assert spec.attention is not None
         assert {spec.mlp.refit_steps, spec.attention.refit_steps} == {refits}
-        assert spec.feedback is spec.mlp.feedback is spec.attention.feedback is feedback
-        assert spec.refits is (refits > 0)
+        assert spec.mlp.feedback is spec.attention.feedback is feedback
+        assert spec.mlp.search_range is spec.attention.search_range is search
+        assert spec.needs is spec.mlp.needs is moments_needed(init)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,7 @@ def test_starts(init: Any, refits: int, feedback: bool) -> None:
         (("importance", "importance"), "squares"),
         (("gptq", "maxabs"), "products"),
         (("importance", "importance+gptq"), "products"),
+        (("range", "importance"), "products"),
     ],
 )
 def test_what_starts_need_to_know_of_the_inputs(inits: tuple[Init, Init], needed: str) -> None:

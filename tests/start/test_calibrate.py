@@ -14,7 +14,7 @@ from lib.model.calibrate import MomentSums, input_moments
 from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.moments import StoredMoments
 from lib.params.data import Run
-from lib.params.specs import Moments
+from lib.quant.spec import Moments
 from lib.start.calibrate import MOMENTS, calibrate_stage
 from lib.text.sequences import TokenSet
 from tests.start.place import ROWS, make_place

@@ -15,8 +15,9 @@ from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.moments import StoredMoments
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.params.data import Run
-from lib.params.specs import Moments, model_spec
+from lib.params.specs import model_spec
 from lib.params.training import Quant
+from lib.quant.spec import Moments
 from lib.start.calibrate import MOMENTS, calibrate_stage
 from lib.start.quantize import quant_stage
 from lib.train.run import start_from_checkpoint
