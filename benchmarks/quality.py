@@ -1,0 +1,116 @@
+"""Perplexity over the teacher's that a budget buys: whole experiments, several seeds.
+
+    python -m benchmarks.quality                   # the default experiment, three seeds
+    python -m benchmarks.quality --budget long     # profile smollm2-long, one seed
+
+A clone of the last commit runs `dvc repro` once per seed. Seeds change what is random in the cache
+and in training, not the text: all are measured on the same tokens. The second and later ones start
+where the seed makes a difference, so their seconds are fewer. Figures of the other budget stay in
+`results/quality.json` as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from benchmarks import record
+from benchmarks.pipeline import ROOT, time_repro
+from lib.params.profile import apply_profile
+
+SEEDED = ("cache", "scales", "weights", "finetune", "convert", "finetune_q2")
+APART = 100  # between the seeds of two runs; those of the stages of one run differ by less
+MODELS = {"q4": "finetune", "q2": "snap"}
+FIGURES = ("perplexity", "kl", "top1", "bits_per_weight", "bits_per_layer_weight")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An experiment, and with how many seeds it is run."""
+
+    profile: str
+    seeds: int
+
+
+BUDGETS = {"short": Budget("smollm2", 3), "long": Budget("smollm2-long", 1)}
+
+
+def set_seeds(params: Path, run: int) -> None:
+    """Give every stage of :data:`SEEDED` the seed of run ``run``; run 0 has those of the file."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    document = yaml.load(params.read_text(encoding="utf-8"))
+    for section in SEEDED:
+        document[section]["seed"] = document[section]["seed"] % APART + APART * run
+    with params.open("w", encoding="utf-8") as file:
+        yaml.dump(document, file)
+
+
+def figures_of(ladder: dict[str, Any]) -> dict[str, float]:
+    """What a ladder says of the 4-bit and the 2-bit model."""
+    rows = {row["model"]: row for row in ladder["rows"]}
+    found = {"teacher_perplexity": rows["teacher"]["perplexity"]}
+    for short, model in MODELS.items():
+        row = rows[model]
+        found[f"{short}_ratio"] = row["perplexity"] / rows["teacher"]["perplexity"]
+        found.update({f"{short}_{key}": row[key] for key in FIGURES})
+    return found
+
+
+def summary_of(samples: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Median ratios of each budget, and how far its seeds lie apart."""
+    found = {}
+    for budget, runs in samples.items():
+        for model in MODELS:
+            ratios = [run[f"{model}_ratio"] for run in runs]
+            found[f"{model}_ratio_{budget}"] = statistics.median(ratios)
+            if len(ratios) > 1:
+                found[f"{model}_spread_{budget}"] = max(ratios) - min(ratios)
+    return found
+
+
+def run_budget(budget: Budget, folder: Path, seeds: int) -> list[dict[str, float]]:
+    """Run an experiment in a clone, the file's own seeds last; figures in the order of the runs."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    apply_profile(budget.profile, folder / "params.yaml", folder / "profiles")
+    runs = []
+    for run in reversed(range(seeds)):
+        set_seeds(folder / "params.yaml", run)
+        seconds = time_repro(folder)
+        ladder = json.loads((folder / "runs/evaluate/ladder.json").read_text(encoding="utf-8"))
+        runs.append({"run": run, "seconds": sum(seconds.values()), **figures_of(ladder)})
+        print(runs[-1], flush=True)
+    return runs
+
+
+def main() -> None:
+    """Run one budget and write ``results/quality.json``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default="short")
+    parser.add_argument("--seeds", type=int, help="instead of three, or one of the long budget")
+    parser.add_argument("--keep", type=Path, help="clone here and keep it")
+    options = parser.parse_args()
+    on = record.machine()
+    budget = BUDGETS[options.budget]
+    path = record.RESULTS / "quality.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["samples"] if path.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary, "clone")
+        runs = run_budget(budget, folder, options.seeds or budget.seeds)
+    samples = {**before, options.budget: runs}
+    config = {name: vars(BUDGETS[name]) for name in samples}
+    record.save("quality", config=config, samples=samples, summary=summary_of(samples), on=on)
+
+
+if __name__ == "__main__":
+    main()
