@@ -32,7 +32,7 @@ def table(project: Project) -> dict[str, dict[str, str]]:
 
 
 def test_teacher_tokens_and_cache_are_kept(tried: Project) -> None:
-    assert tried.ran() == ["sensitivity", "scales", "weights", "finetune", "convert"]
+    assert tried.ran() == ["quant", "sensitivity", "scales", "weights", "finetune", "convert"]
 
 
 def test_it_runs_the_code_of_its_own_copy(tried: Project) -> None:

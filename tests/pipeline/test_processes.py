@@ -56,13 +56,15 @@ def run(folder: Path, stage: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Teacher, tokens, and the caches that one process and two make."""
+    """Teacher, tokens, the untrained model, and the caches that one process and two make."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (folder / "tests").symlink_to(ROOT / "tests")
     write_params(folder, 1)
     run(folder, "teacher", "teacher")
     run(folder, "tokens", "teacher", "tokens")
+    run(folder, "calibrate", "teacher", "tokens", "calibrate")
+    run(folder, "quant", "teacher", "calibrate/moments.safetensors", "quant")
     run(folder, "cache", "teacher", "tokens", "cache")
     write_params(folder, 2)
     run(folder, "cache", "teacher", "tokens", "cache2")
@@ -84,7 +86,7 @@ def both(workspace: Path) -> Path:
     in ``two``, parts of the model in ``sharded``."""
     for shard, out in ((False, "two"), (True, "sharded")):
         write_params(workspace, 2, shard=shard)
-        output = run(workspace, "scales", "teacher", "cache", "no text", "none", out)
+        output = run(workspace, "scales", "quant/model", "cache", "teacher", "no text", "none", out)
         assert output.count(f"scales {STEPS}/{STEPS}") == 1  # one of them talks
     return workspace
 
@@ -100,7 +102,7 @@ def test_the_cache_is_the_same_bytes(workspace: Path) -> None:
 
 def test_the_loss_curve_is_that_of_one_process(both: Path) -> None:
     write_params(both, 1)
-    run(both, "scales", "teacher", "cache", "no text", "none", "one")
+    run(both, "scales", "quant/model", "cache", "teacher", "no text", "none", "one")
     for name, tolerance in (("loss", 1e-4), ("val_kd_loss", 1e-4), ("gradient_norm", 1e-3)):
         one = column(both / "one", name)
         assert len(one) >= 4
@@ -130,7 +132,7 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
     both: Path, shard: bool, whole: str
 ) -> None:
     write_params(both, 2, shard=shard)
-    process = start(both, "scales", "teacher", "cache", "no text", "none", "again")
+    process = start(both, "scales", "quant/model", "cache", "teacher", "no text", "none", "again")
     deadline = time.monotonic() + 120
     while not list((both / ".ckpt" / "scales").glob("*/state/state.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -141,7 +143,7 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == WorkerError.exit_code
     assert "error: scales: process 1 of 2 was killed by SIGKILL; the others were stopped" in output
-    output = run(both, "scales", "teacher", "cache", "no text", "none", "again")
+    output = run(both, "scales", "quant/model", "cache", "teacher", "no text", "none", "again")
     assert output.count("going on after step") == 1
     assert rows_of(both / "again") == rows_of(both / whole)
     weights = [both / name / "model" / "model.safetensors" for name in ("again", whole)]
@@ -150,7 +152,9 @@ def test_a_killed_process_stops_the_run_and_it_resumes_bit_for_bit(
 
 def test_an_error_of_all_is_said_once(both: Path) -> None:
     write_params(both, 2)
-    process = start(both, "scales", "teacher", "nothing", "no text", "none", "failed")
+    process = start(
+        both, "scales", "quant/model", "nothing", "teacher", "no text", "none", "failed"
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 3
     assert output.count("error:") == 1 and "nothing" in output
@@ -160,7 +164,7 @@ def test_more_processes_than_sequences(both: Path) -> None:
     write_params(both, 2)
     path = both / "params.yaml"
     path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 1"))
-    process = start(both, "scales", "teacher", "cache", "no text", "none", "failed")
+    process = start(both, "scales", "quant/model", "cache", "teacher", "no text", "none", "failed")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == ParamsError.exit_code
     assert "2 processes cannot share a batch of 1 sequences" in output

@@ -27,10 +27,11 @@ def following(names: set[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("section", "key", "value", "stages"),
     [
-        ("quant", "lut_size", "4", {"sensitivity", *TRAINED}),
+        ("calibrate", "sequences", "4", set(STAGES) - {"teacher", "tokens", "cache"}),
+        ("quant", "lut_size", "4", {"quant", "sensitivity", *TRAINED}),
         ("teacher", "seed", "1", set(STAGES)),
         ("tokens", "seed", "1", set(STAGES) - {"teacher"}),
-        ("cache", "negatives", "8", set(STAGES) - {"teacher", "tokens"}),
+        ("cache", "negatives", "8", set(STAGES) - {"teacher", "tokens", "calibrate", "quant"}),
         ("sensitivity", "batches", "2", following({"sensitivity"})),
         ("weights", "steps", "9", set(TRAINED) - {"scales"}),
         ("convert", "rank", "8", set(TRAINED) - {"scales", "weights", "finetune"}),
@@ -64,7 +65,7 @@ def test_same_params_same_results(project: Project) -> None:
     assert project.metrics("evaluate") == metrics
 
 
-@pytest.mark.parametrize("stage", ["sensitivity", *TRAINED[: TRAINED.index("snap") + 1], "recover"])
+@pytest.mark.parametrize("stage", [*STAGES[: STAGES.index("snap") + 1], "recover"])
 def test_what_takes_minutes_can_be_restored(stage: str) -> None:
     """DVC keeps no run cache of a stage with outs that it does not cache (metrics do not count)."""
     outs = read_yaml(ROOT / "dvc.yaml")["stages"][stage]["outs"]

@@ -19,6 +19,7 @@ LAYERS = [
 ]
 STAGES: dict[str, list[str]] = {  # stage -> its outputs that DVC caches
     "teacher": [],
+    "quant": [],
     "sensitivity": [],
     "scales": ["runs/scales/log.csv"],
     "weights": ["runs/weights/log.csv"],
@@ -133,7 +134,7 @@ def metrics(stage: str, best: float) -> dict[str, Any]:
 
 def write_runs(root: Path, *, best: float = 1.234567, snapped: float = 34.448) -> Path:
     """A finished experiment in ``root``; recover was not run."""
-    models = {"teacher": 19.7, "untrained": 25.5, "finetune": 21.75, "finetune_q2": 34.5}
+    models = {"teacher": 19.7, "quant": 25.5, "finetune": 21.75, "finetune_q2": 34.5}
     models["snap"] = snapped
     answers = {name: [f"The answer of {name}."] for name in models}
     files: dict[str, Any] = {
