@@ -2,8 +2,9 @@
 
     python -m benchmarks.convert
 
-Both as in the default experiment: importance-weighted refits, here with made-up importances (their
-calibration pass is timed on its own), random weights of SmolLM2-135M's shape.
+Sizes and refits are those of the default experiment, with made-up moments of the inputs (the
+calibration pass is timed on its own) and random weights of SmolLM2-135M's shape; without and with
+error feedback.
 """
 
 from __future__ import annotations
@@ -21,25 +22,32 @@ PARAMS = Path(__file__).parents[1] / "params.yaml"
 CALIBRATION = 32  # sequences of 128 tokens
 
 
-def _specs() -> tuple[Any, Any]:
-    """What the default experiment quantizes to, and what it converts that to."""
+def _specs(init: str) -> tuple[Any, Any]:
+    """What the default experiment quantizes to, and what it converts that to, from this start."""
     from lib.params.load import parse_params, read_yaml
     from lib.params.specs import model_spec, target_spec
 
     params = parse_params(read_yaml(PARAMS), PARAMS.name)
-    return model_spec(params.quant), target_spec(params.convert, params.quant.ste_fp16)
+    quant = params.quant.model_copy(update={"init": init})
+    convert = params.convert.model_copy(update={"init": init})
+    return model_spec(quant), target_spec(convert, quant.ste_fp16)
 
 
-def _importance(model: Any) -> dict[str, Any]:
+def _moments(model: Any, spec: Any) -> dict[str, Any]:
+    """What ``spec`` needs of the inputs, the same for all layers with as many."""
     import torch
 
     from lib.model.surgery import projections
+    from lib.quant.spec import Moments
 
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.rand(module.in_features, generator=generator) + 0.1
-        for name, module in projections(model).items()
-    }
+    widths = {name: module.in_features for name, module in projections(model).items()}
+    made = {}
+    for width in sorted(set(widths.values())):
+        squares = torch.rand(width, generator=generator) + 0.1
+        x = torch.randn(4 * width, width, generator=generator) * squares.sqrt()
+        made[width] = x.T @ x / len(x) if spec.needs is Moments.PRODUCTS else squares
+    return {name: made[width] for name, width in widths.items()}
 
 
 def build_quantize(config: dict[str, Any]) -> Callable[[], None]:
@@ -48,14 +56,14 @@ def build_quantize(config: dict[str, Any]) -> Callable[[], None]:
     from lib.model.surgery import projections, quantize_model, replace_module
 
     model = random_model(config["shape"])
-    importance = _importance(model)
     plain = dict(projections(model))
-    spec, _ = _specs()
+    spec, _ = _specs(config["init"])
+    moments = _moments(model, spec)
 
     def step() -> None:
         for name, module in plain.items():
             replace_module(model, name, module)
-        quantize_model(model, spec, importance)
+        quantize_model(model, spec, moments)
 
     return step
 
@@ -67,15 +75,15 @@ def build_convert(config: dict[str, Any]) -> Callable[[], None]:
     from lib.model.surgery import quantize_model, quantized_layers, replace_module
 
     model = random_model(config["shape"])
-    importance = _importance(model)
-    q4, q2 = _specs()
-    quantize_model(model, q4, importance)
+    q4, q2 = _specs(config["init"])
+    moments = _moments(model, q2)
+    quantize_model(model, q4, moments)
     before = dict(quantized_layers(model))
 
     def step() -> None:
         for name, layer in before.items():
             replace_module(model, name, layer)
-        convert_model(model, q2, importance)
+        convert_model(model, q2, moments)
 
     return step
 
@@ -105,10 +113,13 @@ def main() -> None:
     options = parser.parse_args()
     on = machine()
     common = {"shape": "smollm2-135m", "threads": options.threads, "warmup": 1}
+    refit, feedback = ({**common, "init": i} for i in ("importance", "importance+gptq"))
     rivals = [
-        Rival("quantize", build_quantize, common),
-        Rival("convert", build_convert, common),
+        Rival("quantize", build_quantize, refit),
+        Rival("convert", build_convert, refit),
         Rival("calibrate", build_calibrate, common),
+        Rival("quantize_feedback", build_quantize, feedback),
+        Rival("convert_feedback", build_convert, feedback),
     ]
     for rival in rivals:
         alone(rival, options.rounds)
@@ -121,9 +132,7 @@ def main() -> None:
             for r in rivals
         },
         summary={
-            "quantize_seconds": median["quantize"],
-            "convert_seconds": median["convert"],
-            "calibrate_seconds": median["calibrate"],
+            **{f"{name}_seconds": seconds for name, seconds in median.items()},
             "convert_peak_gb": rivals[1].peak_bytes / 1e9,
         },
         on=on,
