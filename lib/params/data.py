@@ -194,7 +194,7 @@ class Cache(Section):
     `distill.temperature` among them."""
     train_sequences: CountOrZero = 0
     """Train sequences that are cached, the first ones; 0 = all. Where `distill.source` is `teacher`
-    a few are enough: calibration, `sensitivity` and `convert` use no more."""
+    a few are enough: only `sensitivity` reads them."""
     batch_size: Count = 8
     """Sequences per forward pass of the teacher."""
     shard_sequences: Count = 64
