@@ -13,14 +13,13 @@ from lib.base.files import write_json
 from lib.cache.shards import CacheReader
 from lib.convert.convert import convert_by_reference_rule, convert_model
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
-from lib.model.moments import StoredMoments
+from lib.model.moments import open_moments
 from lib.model.surgery import has_masters, quantized_layers
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.specs import target_spec
 from lib.params.training import Convert, Distill
-from lib.quant.spec import Moments
 
 
 def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
@@ -64,10 +63,7 @@ def convert_stage(
     val = CacheReader(cache / "val", expect)
     objective = make_objective(val, temperature=distill.temperature, target=distill.target)
     spec = target_spec(params, ste_fp16)
-    used = None
-    if spec.needs is not Moments.NONE:
-        full = spec.needs is Moments.PRODUCTS
-        used = StoredMoments(moments, teacher=info.get("teacher", ""), full=full)
+    used = open_moments(moments, teacher=info.get("teacher", ""), spec=spec)
 
     def measure(candidate: PreTrainedModel) -> float:
         return held_out_loss(candidate, objective, val, params.eval_sequences, device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lib.base.errors import CorruptError, InputError, MismatchError
 from lib.base.files import atomic_file, fingerprint
+from lib.quant.spec import ModelSpec, Moments
 
 _KEY = "lutqat"
 _AGAIN = "rerun the calibrate stage"
@@ -107,3 +108,14 @@ class StoredMoments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.info["owner"])
+
+
+def open_moments(file: Path, *, teacher: str, spec: ModelSpec) -> StoredMoments | None:
+    """What ``spec`` needs to know of the inputs; None, and the file unopened, where that is nothing.
+
+    Raises:
+        InputError, CorruptError, MismatchError: see :class:`StoredMoments`.
+    """
+    if spec.needs is Moments.NONE:
+        return None
+    return StoredMoments(file, teacher=teacher, full=spec.needs is Moments.PRODUCTS)

@@ -29,10 +29,12 @@ BLOCK = 128
 
 def inverse_factor(moments: Tensor) -> Tensor:
     """U ``[in, in]`` float32, upper: ``U^T U`` is the inverse of the damped H."""
-    damped = moments.double()
+    there = moments.device
+    # MPS has no float64
+    damped = (moments.cpu() if there.type == "mps" else moments).double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return torch.linalg.cholesky(inverse, upper=True).float().to(there)
 
 
 class Feedback(NamedTuple):

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lib.base.device import resolve_device, set_threads
 from lib.base.files import write_json
 from lib.model.checkpoint import save_checkpoint
 from lib.model.load import folder_fingerprint, load_causal_lm
-from lib.model.moments import StoredMoments
+from lib.model.moments import open_moments
 from lib.model.size import model_size
 from lib.model.surgery import quantize_model, quantized_layers
 from lib.params.data import Run
-from lib.quant.spec import ModelSpec, Moments
+from lib.quant.spec import ModelSpec
 
 
 def quant_stage(
@@ -33,15 +31,9 @@ def quant_stage(
     """
     set_threads(run.threads)
     mark = folder_fingerprint(teacher)
-    used = None
-    if spec.needs is not Moments.NONE:
-        full = spec.needs is Moments.PRODUCTS
-        used = StoredMoments(moments, teacher=mark, full=full)
+    used = open_moments(moments, teacher=mark, spec=spec)
     model = load_causal_lm(teacher)
-    device = resolve_device(run.device)
-    if device.type == "mps" and spec.needs is Moments.PRODUCTS:
-        device = torch.device("cpu")  # MPS has no float64, which the inverse of H is found in
-    model.to(device)  # type: ignore[arg-type]
+    model.to(resolve_device(run.device))  # type: ignore[arg-type]
     quantize_model(model, spec, used)
     size = model_size(model)
     metrics = {

@@ -20,6 +20,7 @@ from lib.params.training import Quant
 from lib.quant.spec import Moments
 from lib.start.calibrate import MOMENTS, calibrate_stage
 from lib.start.quantize import quant_stage
+from lib.text.sequences import TokenSet
 from lib.train.run import start_from_checkpoint
 from tests.start.place import make_place
 
@@ -94,3 +95,16 @@ def test_damaged_moments_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="is damaged; rerun the calibrate stage"):
         stage(tmp_path, tmp_path / "out", "gptq", moments="moved")
     assert not (tmp_path / "out").exists()
+
+
+def test_importance_refits_bring_the_outputs_nearer(place: Path, tmp_path: Path) -> None:
+    rows = TokenSet(place / "train").first(4)
+    ids = torch.tensor(rows.input_ids, dtype=torch.int64)
+    teacher = load_causal_lm(place / "teacher")(input_ids=ids).logits
+    errors = []
+    for number, init in enumerate(("maxabs", "importance", "importance")):
+        stage(place, tmp_path / str(number), init)
+        model, _ = load_checkpoint(tmp_path / str(number) / "model")
+        errors.append(float((model(input_ids=ids).logits - teacher).norm() / teacher.norm()))
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] == errors[2]
