@@ -111,7 +111,7 @@ class StoredMoments(Mapping[str, Tensor]):
 
 
 def open_moments(file: Path, *, teacher: str, spec: ModelSpec) -> StoredMoments | None:
-    """What ``spec`` needs to know of the inputs; None, and the file unopened, where that is nothing.
+    """What ``spec`` needs to know of the inputs; None, and the file unopened, if that is nothing.
 
     Raises:
         InputError, CorruptError, MismatchError: see :class:`StoredMoments`.
