@@ -3,9 +3,10 @@
     python -m benchmarks.peers
 
 Needs data/ of `dvc repro` (teacher, tokens, cache); the other quantizers are an extra:
-`pip install --no-deps -r requirements-peers.txt`. A method whose package is not installed, or that
-fails, is a row that says so. Every method runs in a process of its own; its dense weights are put
-into the teacher, and all are measured by the code of the stage `evaluate`, on its test text.
+`pip install --no-deps -r requirements-peers.txt`. A method whose package is not installed, that
+fails or that hangs is a row that says so. Every method runs in a process of its own; its dense
+weights are put into the teacher, and all are measured by the code of the stage `evaluate`, on its
+test text.
 
 The teacher was itself dequantized from 4 bits in asymmetric groups of 32: at 4 bits such groups
 would restore it, so they have 64 here.
@@ -19,10 +20,9 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ class Setting:
     budget: float
     threads: int
     evaluate: Evaluate
+    limit: float = 3600.0
+    """Seconds after which a method that has said nothing is ended."""
 
     def to_json(self) -> dict[str, Any]:
         """What figures must have in common to stand in one table."""
@@ -228,19 +230,35 @@ def _in_a_line(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {text[:200]}".replace("|", "/")
 
 
+def _answer(connection: Connection, method: Method | None, setting: Setting) -> None:
+    try:
+        found = {"status": "ok", **produce(method, setting)}
+    except (Exception, SystemExit) as error:  # whatever a peer does is its row
+        found = {"status": _in_a_line(error)}
+    connection.send(found)
+
+
 def sample(method: Method | None, setting: Setting) -> Sample:
     """A method's row: in a process of its own, or why there are no figures."""
     about = "as it is" if method is None else method.about
     if method is not None and method.package and version_of(method.package) is None:
         return {"status": "not installed", "about": about}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            found = pool.submit(produce, method, setting).result()
-        except BrokenProcessPool:
-            return {"status": "failed: its process died", "about": about}
-        except (Exception, SystemExit) as error:  # whatever a peer does is its row
-            return {"status": _in_a_line(error), "about": about}
-    return {"status": "ok", "about": about, **found}
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, method, setting))
+    process.start()
+    theirs.close()  # so that the end of the process is the end of what can be read
+    try:
+        if ours.poll(setting.limit):
+            found = ours.recv()
+            return {"status": found.pop("status"), "about": about, **found}
+        return {"status": f"failed: no result after {setting.limit:g} s", "about": about}
+    except EOFError:
+        return {"status": "failed: its process died", "about": about}
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
 
 
 def kept(path: Path, setting: Setting, rerun: list[str]) -> dict[str, Sample]:
@@ -287,6 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=180.0, help="seconds, of what trains")
     parser.add_argument("--only", nargs="+", choices=["teacher", *METHODS], metavar="NAME")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds, of each method")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("data"), help="of the pipeline")
     parser.add_argument("--perplexity-tokens", type=int, help="instead of params.yaml's")
@@ -304,6 +323,7 @@ def main() -> None:
         budget=options.budget,
         threads=options.threads,
         evaluate=evaluate,
+        limit=options.limit,
     )
     on = record.machine()
     rerun = options.only or ["teacher", *METHODS]

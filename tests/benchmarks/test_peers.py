@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,11 @@ def die(work: Work) -> Made:
     os._exit(3)
 
 
+def hang(work: Work) -> Made:
+    time.sleep(3600)
+    raise AssertionError("nobody ended this process")
+
+
 def setting_of(data: Path, **changes: Any) -> Setting:
     evaluate = Evaluate(
         perplexity_window=32, perplexity_stride=16, perplexity_tokens=90, sequences=3
@@ -192,6 +199,13 @@ def test_a_failure_is_a_row_of_one_line(tmp_path: Path, make: Any, status: str) 
         "status": status,
         "about": "x",
     }
+
+
+def test_a_method_that_hangs_is_ended(tmp_path: Path) -> None:
+    setting = setting_of(tmp_path, limit=0.25)
+    found = sample(Method(make=hang, about="x"), setting)
+    assert found == {"status": "failed: no result after 0.25 s", "about": "x"}
+    assert not multiprocessing.active_children()
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_so(tmp_path: Path) -> None:
