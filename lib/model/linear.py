@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lib.base.errors import MismatchError
 from lib.quant.clip import with_best_range
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
-from lib.quant.gptq import error_feedback
+from lib.quant.gptq import descend, error_feedback
 from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit
 from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
@@ -320,8 +320,9 @@ class LutLinear(nn.Module):
 
     @torch.no_grad()
     def feed_back(self, moments: Tensor) -> None:
-        """Choose the indices by error feedback under the present scales. The masters take what the
-        inputs before them missed: where they stay, training would jump back to the nearest levels.
+        """Choose the indices by error feedback, and coordinate descent if the spec says so, under
+        the present scales. The masters take what other inputs missed: where they stay, training
+        would jump back to the nearest levels.
 
         Args:
             moments: E[x x^T] of the inputs ``[in, in]``.
@@ -332,7 +333,10 @@ class LutLinear(nn.Module):
         if self.weight is None:
             raise MismatchError("a snapped layer has no master weight to quantize again")
         a, b = self.factors()
-        found = error_feedback(self.weight, a @ b, self.levels(), moments, affine=self.affine)
+        problem = (self.weight, a @ b, self.levels(), moments)
+        found = error_feedback(*problem, affine=self.affine)
+        steps = self.spec.descent_steps
+        found = descend(*problem, found, steps=steps, affine=self.affine)
         self.indices.copy_(found.indices)
         self.weight.copy_(found.weight)
         self.rebase_weight()  # rounding, and scales of zero

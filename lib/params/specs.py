@@ -24,6 +24,7 @@ def _start(section: Quant | Convert) -> dict[str, Any]:
     return {
         "refit_steps": section.refit_steps if "importance" in parts else 0,
         "feedback": "gptq" in parts,
+        "descent_steps": section.descent_steps if "gptq" in parts else 0,
         "search_range": "range" in parts,
     }
 

@@ -77,6 +77,9 @@ class Quant(Section):
     indices by error feedback (GPTQ) under that S. `a+b`: one after the other."""
     refit_steps: Count = 5
     """With `importance` only: alternating refits per layer."""
+    descent_steps: CountOrZero = 2
+    """With `gptq` only: rounds of coordinate descent over the indices afterwards; each takes half
+    as long as the feedback."""
     range: Range = 1.0
     """Share of a group's max-abs that the outermost level stands for; below 1 clips outliers. Not
     used where `init` has `range`. Of `channel` scales the start of the clip factor, of an output's
@@ -291,6 +294,8 @@ class Convert(Section):
     """How the new scales and indices start, as `quant.init`."""
     refit_steps: Count = 5
     """With `importance` only: alternating refits of indices and scales per layer."""
+    descent_steps: CountOrZero = 2
+    """With `gptq` only: rounds of coordinate descent over the new indices afterwards."""
     eval_sequences: Count = 64
     """Val sequences on which the KD loss before and after is measured."""
     seed: Seed = 0

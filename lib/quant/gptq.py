@@ -8,6 +8,10 @@ the damped H's inverse, quantizing input j moves the free ones by ``-(w_j - q_j)
 optimal brain surgery without inverting anew for each input (Frantar et al., "GPTQ", 2023, section
 3.3). Inputs are taken by falling H_jj: S is known beforehand, so any order will do.
 
+An input that was taken early knew nothing of what later ones would miss. Coordinate descent goes
+through all inputs again and gives each the level that is best beside the levels of all others; no
+step raises the error (Behdin et al., "QuantEase", 2023).
+
 Shapes: W, S, idx ``[out, in]``, H ``[in, in]``.
 """
 
@@ -27,24 +31,30 @@ BLOCK = 128
 """Inputs whose corrections stay among themselves until all of them are quantized."""
 
 
+def damped(moments: Tensor) -> Tensor:
+    """H with a little on its diagonal, as a copy."""
+    found = moments.clone()
+    found.diagonal().add_(DAMPING * found.diagonal().mean() + 1e-12)
+    return found
+
+
 def inverse_factor(moments: Tensor) -> Tensor:
     """U ``[in, in]`` float32, upper: ``U^T U`` is the inverse of the damped H."""
     there = moments.device
     # MPS has no float64
-    damped = (moments.cpu() if there.type == "mps" else moments).double()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-12)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    found = damped((moments.cpu() if there.type == "mps" else moments).double())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(found))
     return torch.linalg.cholesky(inverse, upper=True).float().to(there)
 
 
 class Feedback(NamedTuple):
-    """What error feedback chose, and why."""
+    """Which levels were chosen, and why."""
 
     indices: Tensor
     """uint8 ``[out, in]``."""
     weight: Tensor
-    """``[out, in]``: each weight as it was when its level was chosen, with what the inputs before
-    it had missed. Its nearest level is the chosen one."""
+    """``[out, in]``: each weight as it was when its level was chosen, with what other inputs had
+    missed. Its nearest level is the chosen one."""
 
 
 def error_feedback(
@@ -71,6 +81,42 @@ def error_feedback(
     indices, moved = torch.empty_like(chosen), torch.empty_like(free)
     indices[order], moved[order] = chosen, free
     return Feedback(indices.T.contiguous(), moved.T.contiguous())
+
+
+def descend(
+    weight: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    moments: Tensor,
+    start: Feedback,
+    *,
+    steps: int,
+    affine: bool,
+) -> Feedback:
+    """Improve levels by ``steps`` rounds of coordinate descent.
+
+    Args:
+        weight, scale, lut, moments: as given to :func:`error_feedback`, which found ``start``.
+    """
+    products = damped(moments)
+    order = products.diagonal().argsort(descending=True, stable=True)
+    products = products[order][:, order].contiguous()
+    wanted, scales = weight.T[order].contiguous(), scale.T[order].contiguous()
+    chosen, moved = start.indices.T[order].contiguous(), start.weight.T[order].contiguous()
+    missed = wanted - lookup(lut, chosen) * scales  # [in, out]
+    for first in list(range(0, len(wanted), BLOCK)) * steps:
+        rows = slice(first, first + BLOCK)
+        near = products[rows, rows]
+        slope = products[rows] @ missed  # of half the error, by the weights of this block
+        for k, j in enumerate(range(len(wanted))[rows]):
+            moved[j] = wanted[j] - missed[j] + slope[k] / near[k, k]
+            chosen[j] = assign(safe_ratio(moved[j], scales[j]), lut, affine=affine)
+            now = wanted[j] - lookup(lut, chosen[j]) * scales[j]
+            slope[k + 1 :].addr_(near[k + 1 :, k], now - missed[j])
+            missed[j] = now
+    indices, found = torch.empty_like(chosen), torch.empty_like(moved)
+    indices[order], found[order] = chosen, moved
+    return Feedback(indices.T.contiguous(), found.T.contiguous())
 
 
 def output_error(difference: Tensor, moments: Tensor) -> float:

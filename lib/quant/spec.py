@@ -64,6 +64,7 @@ class LinearSpec:
         refit_steps: importance-weighted refits of indices and factors after the max-abs start
             (:mod:`lib.quant.refit`); 0 = none.
         feedback: indices are found by error feedback (:mod:`lib.quant.gptq`) instead of one by one.
+        descent_steps: rounds of coordinate descent over the indices after the feedback; 0 = none.
     """
 
     lut_size: int
@@ -76,6 +77,7 @@ class LinearSpec:
     ste_fp16: bool = True
     refit_steps: int = 0
     feedback: bool = False
+    descent_steps: int = 0
 
     @property
     def needs(self) -> Moments:

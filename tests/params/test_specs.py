@@ -24,12 +24,14 @@ STARTS = [
 
 @pytest.mark.parametrize(("init", "refits", "feedback", "search"), STARTS)
 def test_starts(init: Any, refits: int, feedback: bool, search: bool) -> None:
-    quant = Quant(init=init, refit_steps=3, attention_lut_size=8)
-    convert = Convert(init=init, refit_steps=3)
+    quant = Quant(init=init, refit_steps=3, descent_steps=5, attention_lut_size=8)
+    convert = Convert(init=init, refit_steps=3, descent_steps=5)
     for spec in (model_spec(quant), target_spec(convert, ste_fp16=True)):
         assert spec.attention is not None
         assert {spec.mlp.refit_steps, spec.attention.refit_steps} == {refits}
         assert spec.mlp.feedback is spec.attention.feedback is feedback
+        rounds = 5 if feedback else 0
+        assert {spec.mlp.descent_steps, spec.attention.descent_steps} == {rounds}
         assert spec.mlp.search_range is spec.attention.search_range is search
         assert spec.needs is spec.mlp.needs is moments_needed(init)
 

@@ -1,4 +1,5 @@
-"""Error feedback against optimal brain surgery that inverts anew for every input."""
+"""Error feedback against optimal brain surgery that inverts anew for every input, and coordinate
+descent against a search through all levels."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lib.quant import gptq
 from lib.quant.codebook import assign, make_codebook, safe_ratio
-from lib.quant.gptq import DAMPING, error_feedback, output_error
+from lib.quant.gptq import DAMPING, damped, descend, error_feedback, output_error
 from lib.quant.spec import Codebook
 from lib.quant.ste import lookup
 
@@ -84,6 +85,51 @@ def test_the_weight_with_feedback_has_the_chosen_level_nearest() -> None:
     assert not torch.equal(_nearest(weight, scale, lut), found.indices)
     first = moments.diagonal().argmax()  # nothing was missed before it
     assert torch.equal(found.weight[:, first], weight[:, first])
+
+
+def _slow_descent(
+    weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor, start: Tensor, steps: int
+) -> Tensor:
+    """Every level is tried in the place of every index, by falling H_jj."""
+    products, indices = damped(moments.double()), start.clone()
+    order = sorted(range(len(products)), key=lambda j: -float(moments[j, j]))
+    for j in order * steps:
+        for row in range(len(weight)):
+            errors = []
+            for level in range(len(lut)):
+                indices[row, j] = level
+                lost = weight[row].double() - (lookup(lut, indices[row]) * scale[row]).double()
+                errors.append(float(lost @ products @ lost))
+            indices[row, j] = min(range(len(lut)), key=errors.__getitem__)
+    return indices
+
+
+@pytest.mark.parametrize("block", [1, 5, 128])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_descent_takes_the_best_level(
+    block: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "BLOCK", block)
+    problem = (*_problem(7, 12)[:2], make_codebook(Codebook.UNIFORM, 4), _problem(7, 12)[2])
+    start = error_feedback(*problem, affine=True)
+    found = descend(*problem, start, steps=steps, affine=True)
+    assert torch.equal(found.indices, _slow_descent(*problem, start.indices, steps))
+    assert torch.equal(found.indices, start.indices) == (steps == 0)
+    assert torch.equal(found.indices, _nearest(found.weight, problem[1], problem[2]))
+
+
+def test_descent_ends_where_no_single_change_helps() -> None:
+    weight, scale, moments = _problem(16, 200)
+    lut = make_codebook(Codebook.UNIFORM, 4)
+    found = error_feedback(weight, scale, lut, moments, affine=True)
+    errors = []
+    for _ in range(40):
+        errors.append(output_error(weight - lookup(lut, found.indices) * scale, damped(moments)))
+        found = descend(weight, scale, lut, moments, found, steps=1, affine=True)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.97 * errors[0]
+    again = descend(weight, scale, lut, moments, found, steps=1, affine=True)
+    assert torch.equal(again.indices, found.indices)
 
 
 def test_uncorrelated_inputs_take_the_nearest_level() -> None:

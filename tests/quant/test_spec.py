@@ -23,6 +23,7 @@ SPECS = st.builds(
     ste_fp16=st.booleans(),
     refit_steps=st.integers(0, 9),
     feedback=st.booleans(),
+    descent_steps=st.integers(0, 9),
 )
 
 
