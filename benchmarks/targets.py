@@ -8,12 +8,14 @@ order of the data, which all arms share; there are as many drawn targets as the 
 allow. Every run starts from the same quantized model, and is judged after its last step by the
 full-vocabulary KL(teacher || model) and by perplexity, both of the test split.
 The held-out KD written beside them is that of the top k, for topk_tail with its class of the rest.
+The same command goes on where it was ended, from `results/targets.partial.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -23,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import CALIBRATION, COMMON, RATES, SPEC
-from benchmarks.record import machine, save
+from benchmarks.record import RESULTS, machine, save
 from benchmarks.rivals import peak_memory
+from lib.base.files import write_json
 from lib.cache.spec import CacheSpec
 
 ARMS = {
@@ -174,6 +177,46 @@ def summary_of(samples: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     return found
 
 
+@dataclasses.dataclass
+class Progress:
+    """What is measured so far, in a file from which a run that was ended goes on."""
+
+    file: Path
+    config: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+    caches: dict[str, Any]
+
+    @classmethod
+    def of(cls, file: Path, config: dict[str, Any], arms: list[str]) -> Progress:
+        """What ``file`` has, if it is of the same configuration; else nothing."""
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if before.get("config") == config:
+            return cls(file, **before)
+        return cls(file, config, {arm: [] for arm in arms}, {})
+
+    def missing(self, seed: int) -> list[str]:
+        """Arms that have not been measured with a seed."""
+        return [arm for arm, rows in self.samples.items() if seed not in {r["seed"] for r in rows}]
+
+    def save(self) -> None:
+        """Write everything down."""
+        values = {"config": self.config, "samples": self.samples, "caches": self.caches}
+        write_json(self.file, values)
+
+
+def _config_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options; teacher and tokens by what is in them, not by where they lie."""
+    from lib.model.load import folder_fingerprint
+    from lib.text.sequences import TokenSet
+
+    tokens = {
+        split: TokenSet(options.tokens / split).meta["fingerprint"]
+        for split in ("train", "val", "test")
+    }
+    found = {"teacher": folder_fingerprint(options.teacher), "tokens": tokens}
+    return {**vars(options), **found, "arms": ARMS}
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", type=Path, default=Path("data/teacher"))
@@ -196,26 +239,25 @@ def main() -> None:
     """Train every arm with every seed, in turns, and write ``results/targets.json``."""
     options = _options()
     on = machine()
-    samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.only}
-    caches = []
+    config = _config_of(options)
+    progress = Progress.of(RESULTS / "targets.partial.json", config, options.only)
     for seed in options.seeds:
+        missing = progress.missing(seed)
+        if not missing:
+            continue
         with tempfile.TemporaryDirectory() as place:
             work = Path(place)
-            caches.append({"seed": seed, **_apart(build, work, seed, options)})
-            print(f"seed {seed}, caches: {caches[-1]}", flush=True)
-            for arm in options.only:
+            progress.caches[str(seed)] = _apart(build, work, seed, options)
+            print(f"seed {seed}, caches: {progress.caches[str(seed)]}", flush=True)
+            for arm in missing:
                 result = _apart(one, arm, seed, work, options)
-                samples[arm].append({"seed": seed, **result})
+                progress.samples[arm].append({"seed": seed, **result})
+                progress.save()
                 figures = "  ".join(f"{key} {value:.5g}" for key, value in result.items())
                 print(f"{arm} seed {seed}: {figures}", flush=True)
-    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
-    save(
-        "targets",
-        config={**config, "arms": ARMS},
-        samples={**samples, "caches": caches},
-        summary=summary_of(samples),
-        on=on,
-    )
+    samples = {**progress.samples, "caches": progress.caches}
+    save("targets", config=config, samples=samples, summary=summary_of(progress.samples), on=on)
+    progress.file.unlink()
 
 
 if __name__ == "__main__":

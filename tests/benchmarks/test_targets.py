@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.targets import matched, summary_of
+from benchmarks.targets import Progress, matched, summary_of
 from benchmarks.teachers import packed_spec
 
 
@@ -40,3 +42,16 @@ def test_summary_pairs_equal_seeds() -> None:
     assert found["a_kl"] == 2.0 and found["b_perplexity"] == 18.0
     assert found["b_minus_a_kl"] == pytest.approx(-0.2)
     assert "a_minus_a_kl" not in found
+
+
+def test_a_run_that_was_ended_goes_on(tmp_path: Path) -> None:
+    file, config = tmp_path / "x.json", {"steps": 3}
+    first = Progress.of(file, config, ["a", "b"])
+    assert first.missing(0) == ["a", "b"]
+    first.samples["a"].append({"seed": 0, "kl": 1.0})
+    first.caches["0"] = {"bytes": 9}
+    first.save()
+    again = Progress.of(file, config, ["a", "b"])
+    assert again == first
+    assert (again.missing(0), again.missing(1)) == (["b"], ["a", "b"])
+    assert Progress.of(file, {"steps": 4}, ["a", "b"]).missing(0) == ["a", "b"]
