@@ -2,12 +2,13 @@
 
     python -m benchmarks.quality                   # the default experiment, three seeds
     python -m benchmarks.quality --budget long     # profile smollm2-long, one seed
+    python -m benchmarks.quality --runs 0 --keep DIR   # one of them, in a clone that may be there
 
 A clone of the last commit runs `dvc repro` once per seed. Seeds change what is random in the cache
 and in training, not the text: all are measured on the same tokens, more of them than the default
-experiment takes, whose few leave an error of several per cent. The second and later runs start
-where the seed makes a difference, so their seconds are fewer. Figures of the other budget stay in
-`results/quality.json` as they are.
+experiment takes, whose few leave an error of several per cent. Later runs start where the seed
+makes a difference; seconds are of the stages that ran. What is not measured anew stays in
+`results/quality.json` as it is, which is written after every run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +85,19 @@ def summary_of(samples: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     return found
 
 
-def run_budget(budget: Budget, folder: Path, seeds: int) -> list[dict[str, float]]:
-    """Run an experiment in a clone, the file's own seeds last; figures in the order of the runs."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+def run_budget(budget: Budget, folder: Path, runs: list[int]) -> Iterator[dict[str, Any]]:
+    """Run an experiment in a clone, once for each number; gives the figures of each."""
+    import torch
+
+    if not folder.is_dir():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     apply_profile(budget.profile, folder / "params.yaml", folder / "profiles")
-    runs = []
-    for run in reversed(range(seeds)):
+    for run in runs:
         set_run(folder / "params.yaml", run)
         seconds = time_repro(folder)
         ladder = json.loads((folder / "runs/evaluate/ladder.json").read_text(encoding="utf-8"))
-        runs.append({"run": run, "seconds": sum(seconds.values()), **figures_of(ladder)})
-        print(runs[-1], flush=True)
-    return runs
+        used = {"threads": torch.get_num_threads(), "seconds": seconds}
+        yield {"run": run, **used, **figures_of(ladder)}
 
 
 def main() -> None:
@@ -103,19 +106,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--budget", choices=BUDGETS, default="short")
-    parser.add_argument("--seeds", type=int, help="instead of three, or one of the long budget")
-    parser.add_argument("--keep", type=Path, help="clone here and keep it")
+    parser.add_argument("--runs", type=int, nargs="+", help="instead of 2 1 0, or 0 if long")
+    parser.add_argument("--keep", type=Path, help="clone here, or go on in the clone that is here")
     options = parser.parse_args()
     on = record.machine()
     budget = BUDGETS[options.budget]
     path = record.RESULTS / "quality.json"
     before = json.loads(path.read_text(encoding="utf-8"))["samples"] if path.exists() else {}
+    samples: dict[str, list[dict[str, Any]]] = {**before}
+    config = {"evaluate": EVALUATED, **{name: vars(budget) for name, budget in BUDGETS.items()}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary, "clone")
-        runs = run_budget(budget, folder, options.seeds or budget.seeds)
-    samples = {**before, options.budget: runs}
-    config = {"evaluate": EVALUATED, **{name: vars(BUDGETS[name]) for name in samples}}
-    record.save("quality", config=config, samples=samples, summary=summary_of(samples), on=on)
+        runs = options.runs or list(reversed(range(budget.seeds)))
+        for found in run_budget(budget, folder, runs):
+            print(found, flush=True)
+            others = [one for one in samples.get(options.budget, []) if one["run"] != found["run"]]
+            samples[options.budget] = sorted([*others, found], key=lambda one: one["run"])
+            record.save(
+                "quality", config=config, samples=samples, summary=summary_of(samples), on=on
+            )
 
 
 if __name__ == "__main__":

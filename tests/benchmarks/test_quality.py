@@ -61,11 +61,14 @@ def test_medians_and_spreads() -> None:
 def test_one_budget_is_measured_and_the_other_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    offset = 0.0
+
     def repro(folder: Path) -> dict[str, float]:
         seed = load_params(folder / "params.yaml").scales.seed
         out = folder / "runs/evaluate/ladder.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(ladder(10.0, finetune=11.0 + seed / 100, snap=20.0)))
+        found = ladder(10.0, finetune=11.0 + seed / 100 + offset, snap=20.0)
+        out.write_text(json.dumps(found))
         return {"scales": 2.0, "weights": 3.0}
 
     def clone(*_: Any, **__: Any) -> None:
@@ -75,13 +78,24 @@ def test_one_budget_is_measured_and_the_other_stays(
     monkeypatch.setattr(quality.record, "RESULTS", tmp_path)
     monkeypatch.setattr(quality, "time_repro", repro)
     monkeypatch.setattr(quality.subprocess, "run", clone)
-    kept = {"samples": {"long": [{"q4_ratio": 1.01, "q2_ratio": 1.5}]}}
+    kept = {"samples": {"long": [{"run": 0, "q4_ratio": 1.01, "q2_ratio": 1.5}]}}
     (tmp_path / "quality.json").write_text(json.dumps(kept))
     monkeypatch.setattr("sys.argv", ["quality", "--keep", str(tmp_path / "clone")])
     quality.main()
     written = json.loads((tmp_path / "quality.json").read_text())
-    assert [run["run"] for run in written["samples"]["short"]] == [2, 1, 0]
-    assert [run["q4_ratio"] for run in written["samples"]["short"]] == [1.3, 1.2, 1.1]
-    assert written["samples"]["short"][0]["seconds"] == 5.0
+    assert [run["run"] for run in written["samples"]["short"]] == [0, 1, 2]
+    ratios = [run["q4_ratio"] for run in written["samples"]["short"]]
+    assert ratios == pytest.approx([1.1, 1.2, 1.3])
+    assert written["samples"]["short"][0]["seconds"] == {"scales": 2.0, "weights": 3.0}
     assert written["summary"]["q4_ratio_short"] == 1.2
     assert written["summary"]["q4_ratio_long"] == 1.01
+
+    # one of them again, in the clone that is there
+    offset = 1.0
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("cloned again"))
+    monkeypatch.setattr("sys.argv", ["quality", "--keep", str(tmp_path / "clone"), "--runs", "1"])
+    quality.main()
+    written = json.loads((tmp_path / "quality.json").read_text())
+    ratios = [run["q4_ratio"] for run in written["samples"]["short"]]
+    assert ratios == pytest.approx([1.1, 1.3, 1.3])
+    assert written["samples"]["long"] == kept["samples"]["long"]
