@@ -12,10 +12,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import apart
 from benchmarks.record import machine, save
 from benchmarks.rivals import peak_memory
 
@@ -145,8 +145,7 @@ def _one(settings: dict[str, Any], seed: int) -> dict[str, float]:
 
 def run(settings: dict[str, Any], seed: int) -> dict[str, float]:
     """One training in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_one, (settings, seed))
+    return apart(_one, settings, seed)
 
 
 def main() -> None:

@@ -21,14 +21,13 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import quantizers, record, training
+from benchmarks.apart import apart
 from benchmarks.budget import Made, Work
 from benchmarks.peer_report import Sample, draw, table
 from benchmarks.storage import FP16
@@ -230,12 +229,11 @@ def _in_a_line(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {text[:200]}".replace("|", "/")
 
 
-def _answer(connection: Connection, method: Method | None, setting: Setting) -> None:
+def _row(method: Method | None, setting: Setting) -> Sample:
     try:
-        found = {"status": "ok", **produce(method, setting)}
+        return {"status": "ok", **produce(method, setting)}
     except (Exception, SystemExit) as error:  # whatever a peer does is its row
-        found = {"status": _in_a_line(error)}
-    connection.send(found)
+        return {"status": _in_a_line(error)}
 
 
 def sample(method: Method | None, setting: Setting) -> Sample:
@@ -243,22 +241,11 @@ def sample(method: Method | None, setting: Setting) -> Sample:
     about = "as it is" if method is None else method.about
     if method is not None and method.package and version_of(method.package) is None:
         return {"status": "not installed", "about": about}
-    context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, method, setting))
-    process.start()
-    theirs.close()  # so that the end of the process is the end of what can be read
     try:
-        if ours.poll(setting.limit):
-            found = ours.recv()
-            return {"status": found.pop("status"), "about": about, **found}
-        return {"status": f"failed: no result after {setting.limit:g} s", "about": about}
-    except EOFError:
-        return {"status": "failed: its process died", "about": about}
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+        found = apart(_row, method, setting, limit=setting.limit)
+    except (TimeoutError, ChildProcessError) as error:
+        found = {"status": f"failed: {error}"}
+    return {"status": found.pop("status"), "about": about, **found}
 
 
 def kept(path: Path, setting: Setting, rerun: list[str]) -> dict[str, Sample]:
@@ -305,7 +292,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=180.0, help="seconds, of what trains")
     parser.add_argument("--only", nargs="+", choices=["teacher", *METHODS], metavar="NAME")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds, of each method")
+    parser.add_argument("--limit", type=float, default=Setting.limit, help="seconds, of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("data"), help="of the pipeline")
     parser.add_argument("--perplexity-tokens", type=int, help="instead of params.yaml's")

@@ -42,10 +42,9 @@ def time_repro(folder: Path) -> dict[str, float]:
                 marks.append((found[1], time.perf_counter()))
     if process.returncode != 0:
         raise SystemExit(f"dvc repro failed with exit code {process.returncode}")
-    ends = [at for _, at in marks[1:]] + [time.perf_counter()]
-    seconds = {"start": marks[0][1] - start}
-    seconds.update({name: end - at for (name, at), end in zip(marks, ends, strict=True)})
-    return seconds
+    names = ["start", *(name for name, _ in marks)]
+    at = [start, *(at for _, at in marks), time.perf_counter()]
+    return {name: at[i + 1] - at[i] for i, name in enumerate(names)}
 
 
 def main() -> None:

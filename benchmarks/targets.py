@@ -19,11 +19,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import apart
 from benchmarks.methods import CALIBRATION, COMMON, RATES, SPEC
 from benchmarks.record import RESULTS, machine, save
 from benchmarks.rivals import peak_memory
@@ -157,12 +156,6 @@ def one(arm: str, seed: int, work: Path, options: argparse.Namespace) -> dict[st
     return {**trained, **_measure(model, options)}
 
 
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def summary_of(samples: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """Medians of each arm, and of its distance from the first one with the same seed."""
     found, first = {}, next(iter(samples))
@@ -247,10 +240,10 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as place:
             work = Path(place)
-            progress.caches[str(seed)] = _apart(build, work, seed, options)
+            progress.caches[str(seed)] = apart(build, work, seed, options)
             print(f"seed {seed}, caches: {progress.caches[str(seed)]}", flush=True)
             for arm in missing:
-                result = _apart(one, arm, seed, work, options)
+                result = apart(one, arm, seed, work, options)
                 progress.samples[arm].append({"seed": seed, **result})
                 progress.save()
                 figures = "  ".join(f"{key} {value:.5g}" for key, value in result.items())
