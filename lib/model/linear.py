@@ -335,8 +335,8 @@ class LutLinear(nn.Module):
         a, b = self.factors()
         problem = (self.weight, a @ b, self.levels(), moments)
         found = error_feedback(*problem, affine=self.affine)
-        steps = self.spec.descent_steps
-        found = descend(*problem, found, steps=steps, affine=self.affine)
+        if steps := self.spec.descent_steps:
+            found = descend(*problem, found, steps=steps, affine=self.affine)
         self.indices.copy_(found.indices)
         self.weight.copy_(found.weight)
         self.rebase_weight()  # rounding, and scales of zero

@@ -57,6 +57,16 @@ class Feedback(NamedTuple):
     missed. Its nearest level is the chosen one."""
 
 
+def _rows(order: Tensor, *matrices: Tensor) -> list[Tensor]:
+    """Each ``[out, in]`` as ``[in, out]``, its inputs in the order in which they are taken."""
+    return [matrix.T[order].contiguous() for matrix in matrices]
+
+
+def _columns(order: Tensor, *matrices: Tensor) -> list[Tensor]:
+    """Inverse of :func:`_rows`."""
+    return [matrix[order.argsort()].T.contiguous() for matrix in matrices]
+
+
 def error_feedback(
     weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor, *, affine: bool
 ) -> Feedback:
@@ -67,8 +77,7 @@ def error_feedback(
     """
     order = moments.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(moments[order][:, order])
-    free = weight.T[order].contiguous()  # [in, out]: an input is a row
-    scales = scale.T[order].contiguous()
+    free, scales = _rows(order, weight, scale)
     chosen = torch.empty(free.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, len(free), BLOCK):
         stop = min(start + BLOCK, len(free))
@@ -78,9 +87,7 @@ def error_feedback(
             missed[j - start] = (free[j] - lookup(lut, chosen[j]) * scales[j]) / factor[j, j]
             free[j + 1 : stop] -= factor[j, j + 1 : stop, None] * missed[j - start]
         free[stop:] -= factor[start:stop, stop:].T @ missed
-    indices, moved = torch.empty_like(chosen), torch.empty_like(free)
-    indices[order], moved[order] = chosen, free
-    return Feedback(indices.T.contiguous(), moved.T.contiguous())
+    return Feedback(*_columns(order, chosen, free))
 
 
 def descend(
@@ -101,8 +108,7 @@ def descend(
     products = damped(moments)
     order = products.diagonal().argsort(descending=True, stable=True)
     products = products[order][:, order].contiguous()
-    wanted, scales = weight.T[order].contiguous(), scale.T[order].contiguous()
-    chosen, moved = start.indices.T[order].contiguous(), start.weight.T[order].contiguous()
+    wanted, scales, chosen, moved = _rows(order, weight, scale, *start)
     missed = wanted - lookup(lut, chosen) * scales  # [in, out]
     for first in list(range(0, len(wanted), BLOCK)) * steps:
         rows = slice(first, first + BLOCK)
@@ -114,9 +120,7 @@ def descend(
             now = wanted[j] - lookup(lut, chosen[j]) * scales[j]
             slope[k + 1 :].addr_(near[k + 1 :, k], now - missed[j])
             missed[j] = now
-    indices, found = torch.empty_like(chosen), torch.empty_like(moved)
-    indices[order], found[order] = chosen, moved
-    return Feedback(indices.T.contiguous(), found.T.contiguous())
+    return Feedback(*_columns(order, chosen, moved))
 
 
 def output_error(difference: Tensor, moments: Tensor) -> float:
