@@ -5,7 +5,8 @@ changes and its rank grows by ranks of magnitude zero. (Scales per group or per 
 ranks cannot become groups, one number of groups not another, and nothing but scales per output can
 become those: such a target is refused.) Any other is quantized anew: its weight becomes what the
 layer computes with now, and indices and scales are fitted to it, weighted by how much each input is
-used.
+used. Or every layer is quantized anew from the teacher's weight: what training at more bits has
+learned is dropped, and so is what their rounding lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.base.errors import InputError, ParamsError
+from lib.model.feedback import feed_back
 from lib.model.linear import DirectionalScale, LowRankScale, LutLinear, Scale
 from lib.model.surgery import is_mlp, quantized_layers, replace_layers
 from lib.quant.codebook import fit_kmeans
@@ -87,22 +89,21 @@ def _bias(layer: LutLinear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.detach()
 
 
-def fewer_levels(
-    layer: LutLinear, target: LinearSpec, name: str, moments: Tensor | None
+def quantize_anew(
+    layer: LutLinear, weight: Tensor, target: LinearSpec, name: str, moments: Tensor | None
 ) -> LutLinear:
-    """The layer's present weight quantized anew with the target's levels and rank."""
-    with torch.no_grad():
-        return LutLinear.from_weight(layer.dequantized(), _bias(layer), target, name, moments)
+    """What takes a layer's place: ``weight [out, in]`` with the target's levels and rank."""
+    return LutLinear.from_weight(weight, _bias(layer), target, name, moments)
 
 
-def _check(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
+def _check(model: nn.Module, spec: ModelSpec, *, may_keep: bool) -> dict[str, nn.Module]:
     layers = quantized_layers(model)
     if not layers:
         raise InputError("the checkpoint has no quantized layer to convert; train one first")
     for name, layer in layers.items():
         target = _target(name, spec)
         target.check_shape(layer.out_features, layer.in_features, name)
-        if target.lut_size >= layer.spec.lut_size:
+        if may_keep and target.lut_size >= layer.spec.lut_size:
             _check_kept(name, layer, target)
     return dict(layers.items())
 
@@ -134,35 +135,42 @@ def _check_kept(name: str, layer: LutLinear, target: LinearSpec) -> None:
 
 
 def convert_model(
-    model: PreTrainedModel, spec: ModelSpec, moments: Mapping[str, Tensor] | None
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    moments: Mapping[str, Tensor] | None,
+    teacher: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
     """Convert every quantized layer in place.
 
     Args:
         moments: E[x^2] of each layer's inputs, where the spec asks for refits, or E[x x^T], where
             it asks for error feedback.
+        teacher: weights ``[out, in]`` that every layer is quantized anew from; None: layers with
+            too many levels are, from what they compute with now.
 
     Returns:
-        ``{"converted": layers with fewer levels now, "kept": layers with the same levels}``.
+        ``{"converted": layers quantized anew, "kept": layers with the same levels}``.
 
     Raises:
         InputError: nothing to convert. ParamsError: a rank does not fit or would shrink, or a form
             would change S where it has to stay.
     """
-    layers = _check(model, spec)
-    counts = {"converted": 0, "kept": 0}
+    layers = _check(model, spec, may_keep=teacher is None)
+    anew: dict[str, LutLinear] = {}
 
     def make(name: str, module: nn.Module) -> nn.Module:
         assert isinstance(module, LutLinear)
         target = _target(name, spec)
-        if module.spec.lut_size <= target.lut_size:
-            counts["kept"] += 1
+        if teacher is None and module.spec.lut_size <= target.lut_size:
             return keep_levels(module, target, spec.seed)
-        counts["converted"] += 1
-        return fewer_levels(module, target, name, None if moments is None else moments[name])
+        weight = module.dequantized() if teacher is None else teacher[name]
+        used = None if moments is None else moments[name]
+        anew[name] = quantize_anew(module, weight, target, name, used)
+        return anew[name]
 
     replace_layers(model, layers, make, "converting layers")
-    return counts
+    feed_back(anew, moments)
+    return {"converted": len(anew), "kept": len(layers) - len(anew)}
 
 
 def convert_by_reference_rule(model: PreTrainedModel, spec: ModelSpec) -> None:
@@ -189,4 +197,4 @@ def convert_by_reference_rule(model: PreTrainedModel, spec: ModelSpec) -> None:
             new, DirectionalScale(*factors), lut, indices, _master(module), _bias(module)
         )
 
-    replace_layers(model, _check(model, spec), make, "reference rule for comparison")
+    replace_layers(model, _check(model, spec, may_keep=True), make, "reference rule for comparison")

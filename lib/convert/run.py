@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
@@ -13,8 +14,9 @@ from lib.base.files import write_json
 from lib.cache.shards import CacheReader
 from lib.convert.convert import convert_by_reference_rule, convert_model
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from lib.model.load import folder_fingerprint, load_causal_lm
 from lib.model.moments import open_moments
-from lib.model.surgery import has_masters, quantized_layers
+from lib.model.surgery import has_masters, projections, quantized_layers
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
 from lib.params.data import Run
@@ -32,8 +34,24 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Any], bool]:
     return model, info, all(layer.spec.ste_fp16 for layer in layers)
 
 
+def _teacher_weights(folder: Path, info: dict[str, Any], checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of the teacher's projections.
+
+    Raises:
+        MismatchError: the checkpoint was made from another teacher.
+    """
+    if (found := folder_fingerprint(folder)) != info.get("teacher"):
+        raise MismatchError(
+            f"{checkpoint} was made from teacher {info.get('teacher')}, and {folder} is {found}; "
+            "set convert.source to trained, or run the stages before it again"
+        )
+    layers = projections(load_causal_lm(folder))
+    return {n: m.weight.detach() for n, m in layers.items() if isinstance(m.weight, Tensor)}
+
+
 def convert_stage(
     checkpoint: Path,
+    teacher: Path,
     cache: Path,
     moments: Path,
     out: Path,
@@ -49,11 +67,13 @@ def convert_stage(
     implementation's rule makes of the same checkpoint.
 
     Args:
+        teacher: not opened where the layers' present weights are converted.
         moments: file of the stage `calibrate`; not opened where the params need none.
         declared: fingerprint of the params that define the run.
 
     Raises:
-        MismatchError: cache or moments are another teacher's, or the checkpoint is snapped.
+        MismatchError: teacher, cache or moments are another teacher's, or the checkpoint is
+            snapped.
         InputError, ParamsError: see :func:`lib.convert.convert.convert_model`.
     """
     set_threads(run.threads)
@@ -64,6 +84,9 @@ def convert_stage(
     objective = make_objective(val, temperature=distill.temperature, target=distill.target)
     spec = target_spec(params, ste_fp16)
     used = open_moments(moments, teacher=info.get("teacher", ""), spec=spec)
+    weights = None
+    if params.source == "teacher":
+        weights = _teacher_weights(teacher, info, checkpoint)
 
     def measure(candidate: PreTrainedModel) -> float:
         return held_out_loss(candidate, objective, val, params.eval_sequences, device)
@@ -75,7 +98,7 @@ def convert_stage(
     del rival
     model.to(device)  # type: ignore[arg-type]
     before = measure(model)
-    counts = convert_model(model, spec, used)
+    counts = convert_model(model, spec, used, weights)
     metrics = {
         "kd_before": before,
         "kd_after": measure(model),

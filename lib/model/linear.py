@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lib.base.errors import MismatchError
 from lib.quant.clip import with_best_range
 from lib.quant.codebook import assign, cell_edges, make_codebook, safe_ratio
-from lib.quant.gptq import descend, error_feedback
 from lib.quant.kernels import is_computable
 from lib.quant.refit import fit_codebook, refit
 from lib.quant.scales import initial_factors, to_directional, unit_columns, unit_rows
-from lib.quant.spec import Codebook, LinearSpec, Moments, ScaleForm
+from lib.quant.spec import Codebook, LinearSpec, ScaleForm
 from lib.quant.ste import dequantized_weight, lookup, quantized_linear, round_fp16
 
 _INSIDE = 2e-3  # share of the way from a cell's edge to its level
@@ -205,9 +204,9 @@ class LutLinear(nn.Module):
         name: str,
         moments: Tensor | None = None,
     ) -> LutLinear:
-        """Quantize a weight ``[out, in]``: max-abs scales, codebook, refits and error feedback if
-        the spec says so. With feedback the masters are not the weights given, but those with the
-        feedback in them.
+        """Quantize a weight ``[out, in]``: max-abs scales, codebook, and refits if the spec says
+        so; indices are the nearest. Error feedback comes after, for several layers together
+        (:func:`lib.model.feedback.feed_back`).
 
         Args:
             moments: of the inputs, what ``spec.needs`` says: E[x^2] ``[in]``, or E[x x^T]
@@ -224,10 +223,9 @@ class LutLinear(nn.Module):
         if moments is not None:
             moments = moments.to(weight.device)
             used = moments if moments.dim() == 1 else moments.diagonal()
-        if spec.needs is Moments.PRODUCTS and (moments is None or moments.dim() != 2):
-            raise ValueError(f"{name}: this start needs the second moments of its inputs")
         if spec.search_range:
-            assert moments is not None  # by the line above
+            if moments is None or moments.dim() != 2:
+                raise ValueError(f"{name}: this start needs the second moments of its inputs")
             spec = with_best_range(weight, spec, lut, moments)
         a, b = initial_factors(weight, spec, float(lut.abs().max()))
         if spec.codebook is Codebook.KMEANS:
@@ -239,9 +237,6 @@ class LutLinear(nn.Module):
         indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         layer = cls(spec, make_scale(spec.scale, a, b), lut, indices, weight, bias)
         layer.refresh_indices()
-        if spec.feedback:
-            assert moments is not None  # by the same line
-            layer.feed_back(moments)
         return layer
 
     def extra_repr(self) -> str:
@@ -300,46 +295,31 @@ class LutLinear(nn.Module):
             affine=self.affine,
         )
 
+    def master(self) -> nn.Parameter:
+        """The master weight ``[out, in]``.
+
+        Raises:
+            MismatchError: the layer is snapped and has none.
+        """
+        if self.weight is None:
+            raise MismatchError("a snapped layer has no master weight to quantize again")
+        return self.weight
+
     @torch.no_grad()
     def nearest_indices(self) -> Tensor:
         """Nearest level of each master weight under the present scales, uint8 ``[out, in]``.
 
         Raises:
-            MismatchError: the layer is snapped and has no master weight.
+            MismatchError: see :meth:`master`.
         """
-        if self.weight is None:
-            raise MismatchError("a snapped layer has no master weight to quantize again")
         a, b = self.factors()
-        ratio = safe_ratio(self.weight, a @ b)
+        ratio = safe_ratio(self.master(), a @ b)
         return assign(ratio, self.levels(), affine=self.affine)
 
     @torch.no_grad()
     def refresh_indices(self) -> None:
         """Store the nearest indices."""
         self.indices.copy_(self.nearest_indices())
-
-    @torch.no_grad()
-    def feed_back(self, moments: Tensor) -> None:
-        """Choose the indices by error feedback, and coordinate descent if the spec says so, under
-        the present scales. The masters take what other inputs missed: where they stay, training
-        would jump back to the nearest levels.
-
-        Args:
-            moments: E[x x^T] of the inputs ``[in, in]``.
-
-        Raises:
-            MismatchError: the layer is snapped and has no master weight.
-        """
-        if self.weight is None:
-            raise MismatchError("a snapped layer has no master weight to quantize again")
-        a, b = self.factors()
-        problem = (self.weight, a @ b, self.levels(), moments)
-        found = error_feedback(*problem, affine=self.affine)
-        if steps := self.spec.descent_steps:
-            found = descend(*problem, found, steps=steps, affine=self.affine)
-        self.indices.copy_(found.indices)
-        self.weight.copy_(found.weight)
-        self.rebase_weight()  # rounding, and scales of zero
 
     @torch.no_grad()
     def rebase_weight(self, margin: float = 0.0) -> None:
@@ -353,8 +333,7 @@ class LutLinear(nn.Module):
             margin: share of the way from a cell's edge to its level within which masters are
                 moved too, as scales that train along would push them over the edge.
         """
-        if self.weight is None:
-            raise MismatchError("a snapped layer has no master weight to rebase")
+        master = self.master()
         a, b = self.factors()
         scale = a @ b
         lut = self.levels()
@@ -365,8 +344,8 @@ class LutLinear(nn.Module):
         inside = max(margin, _INSIDE)
         low = lookup(torch.cat([-infinity, edges.lerp(lut[1:], inside)]), self.indices)
         high = lookup(torch.cat([edges.lerp(lut[:-1], inside), infinity]), self.indices)
-        before = safe_ratio(self.weight, scale)
+        before = safe_ratio(master, scale)
         ratio = torch.minimum(torch.maximum(before, low), high)
         moved = ratio != before if margin else self.nearest_indices() != self.indices
         # where S is 0 every weight stands for 0: such a master has no cell to be moved into
-        self.weight.copy_(torch.where(moved & (scale != 0), ratio * scale, self.weight))
+        master.copy_(torch.where(moved & (scale != 0), ratio * scale, master))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lib.base.errors import InputError, MismatchError
 from lib.base.progress import track
+from lib.model.feedback import feed_back
 from lib.model.linear import LutLinear, ParameterRole
 from lib.quant.spec import LinearSpec, ModelSpec
 
@@ -138,6 +139,7 @@ def quantize_model(
         return LutLinear.from_weight(module.weight, module.bias, linear_spec, name, used)
 
     replace_layers(model, targets, make, "quantizing layers")
+    feed_back(quantized_layers(model), moments)
     if spec.mlp.ste_fp16:
         _round_rest(model)
 

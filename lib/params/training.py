@@ -268,11 +268,12 @@ class FinetuneQ2(TrainConfig):
 
 
 class Convert(Section):
-    """To fewer LUT entries and a higher rank, indices and scales refitted.
+    """To fewer LUT entries and a higher rank, indices and scales refitted."""
 
-    A layer that is already as small as asked is left as it is.
-    """
-
+    source: Literal["trained", "teacher"] = "trained"
+    """What is quantized anew. `trained`: what the model at more bits computes with; a layer that is
+    already as small as asked is left as it is. `teacher`: the teacher's weights, in every layer, as
+    if there had been no model at more bits."""
     lut_size: LutSize = 4
     """LUT entries of the MLPs afterwards."""
     attention_lut_size: LutSizeOrSame = 16
@@ -322,6 +323,8 @@ def check_convert(quant: Quant, convert: Convert) -> None:
             per group or output for layers that keep other scales.
     """
     _refuse_attention_settings(convert, "convert", quantized=quant.attention)
+    if convert.source == "teacher":
+        return
     for kind in ("", "attention_") if quant.attention else ("",):
         _refuse_new_form(quant, convert, f"{kind}lut_size", f"{kind}group_size")
 

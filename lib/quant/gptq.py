@@ -1,4 +1,4 @@
-"""Indices by error feedback: GPTQ on a LUT with given scales.
+"""Indices by error feedback: GPTQ on a LUT with given scales, several layers side by side.
 
     minimize  tr (W - W_q) H (W - W_q)^T,   W_q = LUT[idx] * S,   H = E[x x^T]
 
@@ -12,7 +12,11 @@ An input that was taken early knew nothing of what later ones would miss. Coordi
 through all inputs again and gives each the level that is best beside the levels of all others; no
 step raises the error (Behdin et al., "QuantEase", 2023).
 
-Shapes: W, S, idx ``[out, in]``, H ``[in, in]``.
+Inputs follow one another, layers do not: n layers of one shape take the same number of turns as
+one, and most of a turn is the calling of small operations.
+
+Shapes: W, S, idx ``[n, out, in]``, LUT ``[n, levels]``, H ``[n, in, in]``; while they are worked on
+``[in, n, out]``: a turn's values lie together.
 """
 
 from __future__ import annotations
@@ -22,103 +26,114 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.quant.codebook import assign, safe_ratio
+from lib.quant.kernels import nearest_of_each
 from lib.quant.ste import lookup
 
 DAMPING = 1e-2
 """Added to the diagonal of H, as a share of its mean (the paper's value)."""
-BLOCK = 128
+BLOCK = 32
 """Inputs whose corrections stay among themselves until all of them are quantized."""
 
 
 def damped(moments: Tensor) -> Tensor:
-    """H with a little on its diagonal, as a copy."""
+    """H ``[in, in]`` with a little on its diagonal, as a copy."""
     found = moments.clone()
     found.diagonal().add_(DAMPING * found.diagonal().mean() + 1e-12)
     return found
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
-    """U ``[in, in]`` float32, upper: ``U^T U`` is the inverse of the damped H."""
+    """U ``[in, in]`` float32, upper: ``U^T U`` is the inverse of the damped H.
+
+    The Cholesky factor of H read backwards gives ``H = R R^T`` with R upper; U is R's inverse.
+    """
     there = moments.device
     # MPS has no float64
     found = damped((moments.cpu() if there.type == "mps" else moments).double())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(found))
-    return torch.linalg.cholesky(inverse, upper=True).float().to(there)
+    backwards = torch.linalg.cholesky(found.flip(0, 1)).flip(0, 1)
+    one = torch.eye(len(found), dtype=found.dtype, device=found.device)
+    return torch.linalg.solve_triangular(backwards, one, upper=True).float().to(there)
 
 
 class Feedback(NamedTuple):
     """Which levels were chosen, and why."""
 
     indices: Tensor
-    """uint8 ``[out, in]``."""
+    """uint8 ``[n, out, in]``."""
     weight: Tensor
-    """``[out, in]``: each weight as it was when its level was chosen, with what other inputs had
+    """``[n, out, in]``: each weight as it was when its level was chosen, with what other inputs had
     missed. Its nearest level is the chosen one."""
 
 
+def _order(moments: Tensor) -> Tensor:
+    """Inputs ``[n, in]`` in the order in which they are taken."""
+    return moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+
+
 def _rows(order: Tensor, *matrices: Tensor) -> list[Tensor]:
-    """Each ``[out, in]`` as ``[in, out]``, its inputs in the order in which they are taken."""
-    return [matrix.T[order].contiguous() for matrix in matrices]
+    """Each ``[n, out, in]`` as ``[in, n, out]``, its inputs in order."""
+    return [
+        torch.stack([one.T[at] for one, at in zip(matrix, order, strict=True)], dim=1)
+        for matrix in matrices
+    ]
 
 
 def _columns(order: Tensor, *matrices: Tensor) -> list[Tensor]:
     """Inverse of :func:`_rows`."""
-    return [matrix[order.argsort()].T.contiguous() for matrix in matrices]
+    back = order.argsort(dim=1)
+    return [torch.stack([matrix[at, i].T for i, at in enumerate(back)]) for matrix in matrices]
 
 
-def error_feedback(
-    weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor, *, affine: bool
-) -> Feedback:
-    """Levels ``lut [n]`` for a weight under given scales S.
+def error_feedback(weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor) -> Feedback:
+    """Levels for weights under given scales.
 
     Args:
-        moments: H, the mean of x x^T over calibration text, float32 ``[in, in]``.
+        moments: H, the mean of x x^T over calibration text, float32 ``[n, in, in]``.
     """
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moments[order][:, order])
+    order = _order(moments)
+    factor = torch.stack(
+        [inverse_factor(one[at][:, at]) for one, at in zip(moments, order, strict=True)]
+    )
+    pivots = factor.diagonal(dim1=1, dim2=2).T[:, :, None]  # [in, n, 1]
     free, scales = _rows(order, weight, scale)
     chosen = torch.empty(free.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, len(free), BLOCK):
         stop = min(start + BLOCK, len(free))
         missed = torch.empty_like(free[start:stop])
         for j in range(start, stop):
-            chosen[j] = assign(safe_ratio(free[j], scales[j]), lut, affine=affine)
-            missed[j - start] = (free[j] - lookup(lut, chosen[j]) * scales[j]) / factor[j, j]
-            free[j + 1 : stop] -= factor[j, j + 1 : stop, None] * missed[j - start]
-        free[stop:] -= factor[start:stop, stop:].T @ missed
+            chosen[j], level = nearest_of_each(free[j], scales[j], lut)
+            lost = missed[j - start] = (free[j] - level) / pivots[j]
+            free[j + 1 : stop].addcmul_(factor[:, j, j + 1 : stop].T[:, :, None], lost, value=-1)
+        ahead = factor[:, start:stop, stop:].mT  # [n, free inputs, block]
+        free[stop:].transpose(0, 1).baddbmm_(ahead, missed.transpose(0, 1), alpha=-1)
     return Feedback(*_columns(order, chosen, free))
 
 
 def descend(
-    weight: Tensor,
-    scale: Tensor,
-    lut: Tensor,
-    moments: Tensor,
-    start: Feedback,
-    *,
-    steps: int,
-    affine: bool,
+    weight: Tensor, scale: Tensor, lut: Tensor, moments: Tensor, start: Feedback, *, steps: int
 ) -> Feedback:
     """Improve levels by ``steps`` rounds of coordinate descent.
 
     Args:
         weight, scale, lut, moments: as given to :func:`error_feedback`, which found ``start``.
     """
-    products = damped(moments)
-    order = products.diagonal().argsort(descending=True, stable=True)
-    products = products[order][:, order].contiguous()
+    order = _order(moments)
+    products = torch.stack([damped(one[at][:, at]) for one, at in zip(moments, order, strict=True)])
+    pivots = products.diagonal(dim1=1, dim2=2).T[:, :, None]  # [in, n, 1]
     wanted, scales, chosen, moved = _rows(order, weight, scale, *start)
-    missed = wanted - lookup(lut, chosen) * scales  # [in, out]
+    missed = wanted.clone()
+    for i, own in enumerate(lut):
+        missed[:, i] -= lookup(own, chosen[:, i]) * scales[:, i]
     for first in list(range(0, len(wanted), BLOCK)) * steps:
-        rows = slice(first, first + BLOCK)
-        near = products[rows, rows]
-        slope = products[rows] @ missed  # of half the error, by the weights of this block
-        for k, j in enumerate(range(len(wanted))[rows]):
-            moved[j] = wanted[j] - missed[j] + slope[k] / near[k, k]
-            chosen[j] = assign(safe_ratio(moved[j], scales[j]), lut, affine=affine)
-            now = wanted[j] - lookup(lut, chosen[j]) * scales[j]
-            slope[k + 1 :].addr_(near[k + 1 :, k], now - missed[j])
+        last = min(first + BLOCK, len(wanted))
+        # of half the error, by the weights of this block
+        slope = torch.stack([h[first:last] @ missed[:, i] for i, h in enumerate(products)], dim=1)
+        for j in range(first, last):
+            moved[j] = wanted[j] - missed[j] + slope[j - first] / pivots[j]
+            chosen[j], level = nearest_of_each(moved[j], scales[j], lut)
+            now = wanted[j] - level
+            near = products[:, j + 1 : last, j].T[:, :, None]
+            slope[j + 1 - first :].addcmul_(near, now - missed[j])
             missed[j] = now
     return Feedback(*_columns(order, chosen, moved))
 

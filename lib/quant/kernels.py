@@ -17,6 +17,7 @@ from torch import Tensor
 from lib.base.compiled import fused
 
 _WORTH_COMPILING = 2**16  # entries of a weight
+_WORTH_COMPILING_TURNS = 2**10  # the same of a step that is taken thousands of times
 _UNROLLED = 16  # levels; up to here comparisons beat a look-up
 
 
@@ -81,6 +82,22 @@ def _quantized(weight: Tensor, scale: Tensor, lut: Tensor, affine: bool) -> tupl
     return scale * _levels(position, lut, affine), position.to(torch.uint8)
 
 
+def _nearest_of_each(value: Tensor, scale: Tensor, lut: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = torch.where(value == 0, 0.0, value / scale)
+    edges = (lut[:, 1:] + lut[:, :-1]) / 2
+    size = lut.shape[1]
+    if size > _UNROLLED or not torch.compiler.is_compiling():
+        position = torch.searchsorted(edges, ratio)
+        return position.to(torch.uint8), lut.gather(1, position) * scale
+    index, level = torch.where(ratio > edges[:, :1], 1.0, 0.0), lut[:, :1]
+    level = torch.where(ratio > edges[:, :1], lut[:, 1:2], level)
+    for k in range(1, size - 1):
+        above = ratio > edges[:, k : k + 1]
+        index = torch.where(above, k + 1.0, index)
+        level = torch.where(above, lut[:, k + 1 : k + 2], level)
+    return index.to(torch.uint8), level * scale
+
+
 def _level_moments(
     weight: Tensor, scale: Tensor, lut: Tensor, used: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor]:
@@ -130,6 +147,16 @@ def quantized(weight: Tensor, scale: Tensor, lut: Tensor, *, affine: bool) -> tu
         affine: :func:`is_computable` holds; a rounding replaces the comparisons.
     """
     return fused(_quantized, weight, scale, lut, affine, worth=_WORTH_COMPILING)
+
+
+def nearest_of_each(value: Tensor, scale: Tensor, lut: Tensor) -> tuple[Tensor, Tensor]:
+    """``(idx, LUT[idx] * scale)`` for the levels nearest to ``value / scale``, idx uint8, each row
+    with a LUT of its own. Asked thousands of times for few values.
+
+    Args:
+        value, scale: ``[n, m]``; lut: ``[n, levels]``, each sorted ascending.
+    """
+    return fused(_nearest_of_each, value, scale, lut, worth=_WORTH_COMPILING_TURNS)
 
 
 def level_moments(

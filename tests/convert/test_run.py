@@ -47,6 +47,7 @@ def save(model: Any, folder: Path) -> None:
 def convert(place: Path, checkpoint: Path, out: Path, params: Convert = PARAMS) -> dict[str, Any]:
     return convert_stage(
         checkpoint,
+        place / "teacher",
         place / "cache",
         place / "moments.safetensors",
         out,

@@ -11,6 +11,7 @@ from torch import Tensor
 from lib.base.errors import NonFiniteError
 from lib.model import calibrate
 from lib.model.calibrate import input_moments, quantize_calibrated
+from lib.model.feedback import feed_back
 from lib.model.linear import LutLinear
 from lib.model.surgery import projections, quantized_layers
 from lib.quant.spec import ModelSpec
@@ -99,6 +100,7 @@ def test_starts_are_given_what_they_need(changes: dict[str, Any]) -> None:
     for name, layer in quantized_layers(model).items():
         weight = teacher.get_submodule(name).weight
         alone = LutLinear.from_weight(weight, None, linear, name, moments[name])
+        feed_back({name: alone}, moments)
         assert torch.equal(layer.dequantized(), alone.dequantized())
 
 

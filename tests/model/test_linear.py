@@ -22,7 +22,6 @@ from lib.model.linear import (
     ParameterRole,
 )
 from lib.quant.codebook import distinct_fp16, project_learned
-from lib.quant.gptq import output_error
 from lib.quant.refit import weighted_error
 from lib.quant.spec import Codebook, LinearSpec, ScaleForm
 from tests.tiny_models import linear_spec
@@ -302,38 +301,6 @@ def test_refits_need_and_use_importance(kind: dict[str, Any]) -> None:
     assert weighted_error(weight, refitted.dequantized(), used) < 0.8 * weighted_error(
         weight, plain.dequantized(), used
     )
-
-
-@pytest.mark.parametrize("refits", [0, 3])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_feedback_needs_and_uses_all_moments(kind: dict[str, Any], refits: int) -> None:
-    spec: LinearSpec = linear_spec(lut_size=4, refit_steps=refits, **kind)
-    x = randn(200, IN, seed=3) @ (randn(IN, IN, seed=4) * 0.3 + torch.eye(IN))
-    moments = x.T @ x / len(x)
-    weight = randn(OUT, IN)
-    fed = dataclasses.replace(spec, feedback=True)
-    for too_little in (None, moments.diagonal()):
-        with pytest.raises(ValueError, match="moments"):
-            LutLinear.from_weight(weight, None, fed, "up_proj", too_little)
-    layer = LutLinear.from_weight(weight, None, fed, "up_proj", moments)
-    plain = LutLinear.from_weight(weight, None, spec, "up_proj", moments)
-    assert all(torch.equal(a, b) for a, b in zip(layer.factors(), plain.factors(), strict=True))
-    better = dataclasses.replace(fed, descent_steps=3)
-    descended = LutLinear.from_weight(weight, None, better, "up_proj", moments)
-    models = (descended, layer, plain)
-    lost = [output_error(weight - one.dequantized(), moments) for one in models]
-    assert lost[0] < lost[1] < 0.9 * lost[2]
-    assert torch.equal(descended.nearest_indices(), descended.indices)
-    # training starts from these indices: the masters have them nearest, and not by a hair
-    assert torch.equal(layer.nearest_indices(), layer.indices)
-    assert layer.weight is not None and plain.weight is not None
-    same = layer.indices == plain.indices
-    assert same.any() and not same.all()
-    distance = (
-        layer.weight / (layer.factors()[0] @ layer.factors()[1])
-        - layer.levels()[layer.indices.long()]
-    )
-    assert float(distance[~same].abs().median()) < 0.8 * float(layer.levels().diff().max()) / 2
 
 
 @given(st.sampled_from(FORMS), st.sampled_from([2, 4, 16]), st.integers(0, 2**20))

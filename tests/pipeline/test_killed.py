@@ -16,7 +16,7 @@ from tests.pipeline.project import RUNS, Project
 SHARDS = "cache lib.capture.build write_shard 2"
 STEP_7 = "scales lib.train.loop rows_of 7"  # states are saved every 4 steps
 SAVING = "scales lib.train.state write_sealed 2"
-LAYER_3 = "convert lib.convert.convert fewer_levels 3"
+LAYER_3 = "convert lib.convert.convert quantize_anew 3"
 WRITING = "convert lib.model.checkpoint write_json 1"
 
 
