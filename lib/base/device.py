@@ -6,6 +6,8 @@ import torch
 
 from lib.base.errors import ParamsError
 
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # others are not known to be faster
+
 
 def resolve_device(name: str) -> torch.device:
     """The device that ``run.device`` names; ``auto`` takes CUDA, then MPS, then the CPU.
@@ -34,6 +36,21 @@ def resolve_device(name: str) -> torch.device:
         raise ParamsError(
             f"run.device {name!r} is malformed; use auto, cpu, cuda, cuda:N or mps"
         ) from None
+
+
+def product_type(name: str, device: torch.device) -> torch.dtype:
+    """What matrix products of training are computed in: ``fp32``, ``bf16``, ``fp16``, or ``auto``:
+    bf16 where the device has instructions for it, as a CPU without them is slower than in fp32."""
+    if name == "auto":
+        name = "bf16" if _multiplies_bf16(device) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(found.get(key) for key in _BF16_INSTRUCTIONS)
 
 
 def set_threads(threads: int) -> None:

@@ -58,7 +58,7 @@ def _products_of(name: str, moments: Mapping[str, Tensor] | None) -> Tensor:
 
 
 def _feed_back(layers: list[LutLinear], moments: list[Tensor]) -> None:
-    masters = [layer.master() for layer in layers]
+    masters: list[Tensor] = [layer.master() for layer in layers]
     problem = (
         torch.stack(masters),
         torch.stack([torch.matmul(*layer.factors()) for layer in layers]),

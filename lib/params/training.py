@@ -160,8 +160,9 @@ class LoopConfig(Section):
     0 = none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the matrix products; master weights stay FP32. `fp16` needs CUDA or MPS."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Type of the matrix products; master weights stay FP32. `auto`: bf16 where the device has
+    instructions for it (AVX512-BF16, AMX, CUDA), else fp32. `fp16` needs CUDA or MPS."""
     eval_every: Count = 100
     """Steps between two evaluations of the held-out loss; the best is what is saved."""
     eval_sequences: Count = 64

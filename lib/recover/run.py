@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lib.base.device import resolve_device, set_threads
 from lib.base.errors import InputError, MismatchError, NonFiniteError
-from lib.base.files import code_fingerprint, fingerprint
+from lib.base.files import fingerprint
 from lib.base.scratch import scratch_folder
 from lib.base.workers import is_main, join
 from lib.model.adapter import add_adapters, lora_config, save_adapter
@@ -21,6 +21,7 @@ from lib.params.training import Distill
 from lib.recover.lesson import Folders, make_lesson
 from lib.train.log import reporting, result_of, write_log
 from lib.train.loop import Trainer
+from lib.train.run import run_identity
 from lib.train.state import Progress
 
 STAGE = "recover"
@@ -92,11 +93,9 @@ def recover_stage(
     with_adapters(model, params)
     lesson = make_lesson(params, distill, folders, expect, device)
     identity = {
-        "params": declared,
+        **run_identity(params, declared, device),
         "base": base,
         **lesson.identity,
-        "code": code_fingerprint(),
-        "device": device.type,
     }
     with scratch_folder(STAGE, fingerprint(identity)) as scratch:
         sets = (model, params, lesson.loss, lesson.train, lesson.val, device, scratch)

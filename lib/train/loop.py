@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.base.device import product_type
 from lib.base.errors import NonFiniteError, ParamsError
 from lib.base.workers import is_main, rank, total, wait_for_everyone, world_size
 from lib.model.linear import ParameterRole
@@ -105,6 +106,7 @@ class Trainer:
         model.to(device)  # type: ignore[arg-type]
         self.model, self.params, self.loss, self.patience = model, params, loss, patience
         self.train_data, self.val_data, self.device = train, val, device
+        self.products = product_type(params.dtype, device)
         self.state_folder = scratch / "state"
         self.trainables = select(model, params) if trainables is None else trainables
         settle_before(self.trainables)
@@ -138,10 +140,9 @@ class Trainer:
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.params.dtype == "fp32":
+        if self.products is torch.float32:
             return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.params.dtype == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=self.products)
 
     def _first_bad(self, loss: Loss, batches: Iterable[Batch]) -> str:
         return first_bad(self.model, loss, batches, self._autocast)

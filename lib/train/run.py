@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from lib.base.device import resolve_device, set_threads
+from lib.base.device import product_type, resolve_device, set_threads
 from lib.base.errors import InputError, MismatchError, NonFiniteError
 from lib.base.files import code_fingerprint, fingerprint
 from lib.base.scratch import scratch_folder
@@ -133,6 +134,16 @@ def _end_to_end(
     return result.model, result.progress, result.plain
 
 
+def run_identity(params: LoopConfig, declared: str, device: torch.device) -> dict[str, str]:
+    """What of a run besides its inputs a saved state must have in common with it."""
+    return {
+        "params": declared,
+        "code": code_fingerprint(),
+        "device": device.type,
+        "products": str(product_type(params.dtype, device)),
+    }
+
+
 @contextlib.contextmanager
 def _naming(stage: str) -> Iterator[None]:
     """Say in which stage a loss stopped being finite, and what may help."""
@@ -199,12 +210,10 @@ def train_stage(
     expect: dict[str, Any] = {"teacher": start.teacher, "vocab_size": vocabulary}
     train, val = (CacheReader(cache / split, expect) for split in ("train", "val"))
     identity: dict[str, Any] = {
-        "params": declared,
+        **run_identity(params, declared, device),
         "parent": start.parent,
         "train": train.fingerprint,
         "val": val.fingerprint,
-        "code": code_fingerprint(),
-        "device": device.type,
     }
     for name, way in (("by_block", by_block), ("live", live)):
         if way is not None:

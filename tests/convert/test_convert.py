@@ -59,6 +59,23 @@ def test_specs_counts_and_biases(family: str) -> None:
         assert layer.weight is not None
 
 
+def test_from_the_teacher_nothing_is_kept() -> None:
+    """Whatever the model at more bits was, the result is the teacher quantized to the target."""
+    teacher = {n: m.weight.detach() for n, m in projections(tiny_model()).items()}
+    spec, found = target(), []
+    for options in ({}, {"lut_size": 4}, {"scale": ScaleForm.GROUP}, {"rank": 12}):
+        model = quantized(**options)
+        use = importance(model)
+        assert convert_model(model, spec, use, teacher) == {"converted": 14, "kept": 0}
+        found.append(state_of(model))
+    assert all(same(found[0], other) for other in found[1:])
+    at_once = tiny_model()
+    quantize_model(at_once, spec, use)
+    assert same(found[0], state_of(at_once))
+    with pytest.raises(ParamsError, match="does not drop ranks"):  # as it must where layers stay
+        convert_model(quantized(rank=12), spec, use)
+
+
 @pytest.mark.parametrize(("before", "after"), CHANGES)
 @pytest.mark.parametrize("codebook", list(Codebook))
 def test_layers_with_few_levels_pass_unharmed(

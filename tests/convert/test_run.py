@@ -13,14 +13,24 @@ from lib.base.errors import InputError, MismatchError
 from lib.convert.run import convert_stage
 from lib.model.calibrate import input_moments
 from lib.model.checkpoint import load_checkpoint, read_config, save_checkpoint
-from lib.model.moments import write_moments
+from lib.model.load import folder_fingerprint
+from lib.model.moments import StoredMoments, write_moments
 from lib.model.surgery import bake
 from lib.objective.distillation import make_objective
 from lib.objective.loss import held_out_loss
 from lib.params.data import Run
 from lib.params.training import Convert, Distill
 from lib.snap.snap import snap_model
-from tests.tiny_models import CPU, make_caches, quantized, readers, same, state_of, tiny_model
+from tests.tiny_models import (
+    CPU,
+    make_caches,
+    make_place,
+    quantized,
+    readers,
+    same,
+    state_of,
+    tiny_model,
+)
 from tests.train.samples import config, train
 
 PARAMS = Convert(rank=8, attention_rank=8, group_size=16)
@@ -116,6 +126,30 @@ def test_error_feedback_loses_less(place: Path, tmp_path: Path) -> None:
         for name, params in (("plain", plain), ("fed", fed))
     ]
     assert kd[1] < kd[0]
+
+
+def test_from_the_teacher(place: Path, tmp_path: Path) -> None:
+    """Its own weights, whatever training made of them; another teacher's are refused."""
+    make_place(tmp_path)
+    mark = folder_fingerprint(tmp_path / "teacher")
+    moments = StoredMoments(place / "moments.safetensors", teacher="tiny", full=True)
+    write_moments(tmp_path / "moments.safetensors", dict(moments), {"teacher": mark})
+    model, _ = load_checkpoint(place / "trained")
+    for name in ("trained", "untrained"):
+        about = {"teacher": mark, "stage": "x"}
+        save_checkpoint(model, tmp_path / name, tokenizer_from=tmp_path, info=about)
+        model = quantized()
+    params = PARAMS.model_copy(update={"source": "teacher"})
+    found = []
+    for name in ("trained", "untrained"):
+        metrics = convert(tmp_path, tmp_path / name, tmp_path / "out" / name, params)
+        assert (metrics["converted"], metrics["kept"]) == (14, 0)
+        found.append(state_of(load_checkpoint(tmp_path / "out" / name / "model")[0]))
+    assert same(*found)
+    tiny_model(seed=6).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(MismatchError, match=f"trained was made from teacher {mark}, and .*teacher"):
+        convert(tmp_path, tmp_path / "trained", tmp_path / "none", params)
+    assert not (tmp_path / "none").exists()
 
 
 def test_moments_must_be_the_teachers_and_are_not_always_needed(
