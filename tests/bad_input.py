@@ -37,7 +37,7 @@ ARGUMENTS = {
     "sensitivity": "data/teacher runs/quant/model data/cache runs/sensitivity",
     "scales": f"runs/quant/model data/cache data/teacher data/tokens {SCORES} runs/scales",
     "weights": f"runs/scales/model data/cache data/teacher data/tokens {SCORES} runs/weights",
-    "convert": f"runs/scales/model data/cache {MOMENTS} runs/convert",
+    "convert": f"runs/scales/model data/teacher data/cache {MOMENTS} runs/convert",
     "snap": "runs/scales/model runs/snap",
     "recover": "runs/snap/model data/teacher data/cache data/tokens runs/recover",
     "ane_check": "runs/snap/model data/tokens runs/ane_check",

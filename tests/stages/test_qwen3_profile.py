@@ -77,7 +77,7 @@ def test_the_profile_runs_on_a_local_qwen3() -> None:
     stages.quant.main(teacher, moments, Path("runs/quant"))
     quantized = Path("runs/quant/model")
     stages.scales.main(quantized, cache, teacher, tokens, Path("no scores"), Path("runs/scales"))
-    stages.convert.main(Path("runs/scales/model"), cache, moments, Path("runs/convert"))
+    stages.convert.main(Path("runs/scales/model"), teacher, cache, moments, Path("runs/convert"))
     converted = json.loads(Path("runs/convert/metrics.json").read_text())["convert"]
     assert converted["kd_after"] < converted["kd_reference_rule"]
     stages.finetune_q2.main(
